@@ -1,0 +1,3 @@
+"""The product without Airflow: audio in object storage to versioned token datasets."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,171 @@
+"""The contract between whoever schedules work and the workers: versioned JSON documents.
+
+A plan's folder in object storage (``TokenizeJob.plan_uri``) holds
+
+    job.json                            this document; written last, so a plan is whole or absent
+    files.parquet                       one row per file: shard_index, shard_id, file_index, uri,
+                                        etag, size; sorted by shard_index, file_index
+    leases/<shard_id>/<k>               attempt k of a shard (see dataset.leases)
+    results/<shard_id>.json             ``ShardResult``; the truth about a shard
+    workers/<worker_id>.json            ``WorkerProgress``; replaced every few seconds
+    logs/<worker_id>.log
+
+Readers accept every format version up to their own and refuse later ones.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hcodec_core.config import describe
+from hcodec_core.errors import ConfigError, QuarantineReason
+from hcodec_core.tokens import CodecManifest, EncodeSettings
+
+JOB_FILE = "job.json"
+FILES_FILE = "files.parquet"
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DecodeLimits(_Document):
+    """Caps on what one source file may cost."""
+
+    max_seconds: float = Field(default=6 * 3600.0, gt=0)
+    max_bytes: int = Field(default=8 * 1024**3, gt=0)
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    memory_bytes: int = Field(default=4 * 1024**3, gt=0)
+
+
+class TokenizeJob(_Document):
+    """Encode the files of one plan into Parquet, shard by shard.
+
+    ``codec_uri`` is resolved: its content must have ``manifest.digest``. ``data_uri`` is the folder
+    of the plan's Parquet files. ``lease_seconds``: a lease whose heartbeat stood still for so long
+    may be taken over. ``max_attempts``: counted attempts before a shard is marked failed.
+    """
+
+    kind: Literal["tokenize"] = "tokenize"
+    format_version: Literal[1] = 1
+    plan_id: str
+    dataset: str
+    plan_uri: str
+    data_uri: str
+    codec_uri: str
+    manifest: CodecManifest
+    settings: EncodeSettings
+    encode_id: str
+    num_shards: int = Field(ge=0)
+    num_files: int = Field(ge=0)
+    num_bytes: int = Field(ge=0)
+    limits: DecodeLimits = DecodeLimits()
+    lease_seconds: float = Field(default=60.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+
+
+class Outcome(StrEnum):
+    """What became of one file of a plan. Every file of a plan has exactly one."""
+
+    TOKENS = "tokens"
+    QUARANTINED = "quarantined"
+    CHANGED = "changed"  # another etag than listed: the next inventory takes it up
+    DELETED = "deleted"  # gone since it was listed
+
+
+class FileOutcome(_Document):
+    """Account of one file. ``reason`` and ``detail`` only when quarantined."""
+
+    uri: str
+    etag: str
+    outcome: Outcome
+    reason: QuarantineReason | None = None
+    detail: str = ""
+    audio_seconds: float = 0.0
+
+
+class DataFileStats(_Document):
+    """What an Iceberg commit needs to know of a Parquet file without reading its footer.
+
+    Keys are Iceberg field ids. ``lower_bounds`` / ``upper_bounds`` are hex of Iceberg's binary
+    single-value form.
+    """
+
+    num_rows: int
+    column_sizes: dict[int, int] = {}
+    value_counts: dict[int, int] = {}
+    null_value_counts: dict[int, int] = {}
+    lower_bounds: dict[int, str] = {}
+    upper_bounds: dict[int, str] = {}
+    split_offsets: list[int] = []
+
+
+class DataFile(_Document):
+    """One Parquet file of tokens. ``sha256`` of its content; ``size`` in bytes."""
+
+    uri: str
+    size: int
+    etag: str
+    sha256: str
+    stats: DataFileStats
+
+
+class Timings(_Document):
+    """Seconds a shard spent waiting for or doing each part of the work."""
+
+    download_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+class ShardResult(_Document):
+    """The outcome of a shard; created once (If-None-Match: *), never changed.
+
+    ``done``: ``data_file`` holds all rows (None when no file of the shard gave tokens). ``failed``:
+    every counted attempt ended in an error; terminal within its plan only.
+    """
+
+    format_version: Literal[1] = 1
+    plan_id: str
+    shard_id: str
+    shard_index: int
+    attempt: int
+    worker_id: str
+    status: Literal["done", "failed"]
+    error: str = ""
+    data_file: DataFile | None = None
+    outcomes: list[FileOutcome] = []
+    audio_seconds: float = 0.0
+    num_tokens: int = 0
+    timings: Timings = Timings()
+    build: dict[str, str] = {}
+
+
+class WorkerProgress(_Document):
+    """How far one worker is; ``sequence`` advances with progress only."""
+
+    format_version: Literal[1] = 1
+    worker_id: str
+    plan_id: str
+    sequence: int
+    phase: str
+    num_shards_done: int = 0
+    num_files: int = 0
+    audio_seconds: float = 0.0
+    num_tokens: int = 0
+    busy_seconds: float = 0.0
+
+
+def read_job(text: bytes | str) -> TokenizeJob:
+    """Parse a job document. Raises ``ConfigError`` naming each wrong entry."""
+    try:
+        return TokenizeJob.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(
+            f"The job document cannot be used by this version: {describe(error)}."
+        ) from error

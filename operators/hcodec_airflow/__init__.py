@@ -1,0 +1,1 @@
+"""The Airflow provider: operators, triggers and DAG factories. It never imports torch."""
