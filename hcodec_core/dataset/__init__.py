@@ -1,0 +1,1 @@
+"""From a listing of audio objects to published versions of a token table."""

@@ -1,0 +1,1 @@
+"""Running codecs: batch shapes, the worker loop, parity with reference outputs."""

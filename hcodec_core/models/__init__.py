@@ -1,0 +1,1 @@
+"""Codec families, one folder each; `registry` is the only table of them."""

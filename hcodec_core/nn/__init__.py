@@ -1,0 +1,1 @@
+"""Building blocks of neural codecs that know no codec by name."""
