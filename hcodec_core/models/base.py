@@ -1,0 +1,297 @@
+"""The interface that all codecs share: audio in, tokens out, and back.
+
+Shape letters: B batch, Q codebook, T token frame, N sample, D feature.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hcodec_core.errors import ConfigError, ForeignTokensError
+from hcodec_core.tokens import CodecSpec, TokenBatch, check_tokens
+
+if TYPE_CHECKING:
+    from hcodec_core.models.registry import FamilyConfig
+
+
+class Part(StrEnum):
+    """What a tensor of a codec is for; decides which identity it enters (see ``PartDigests``)."""
+
+    ENCODER = "encoder"
+    SSL = "ssl"
+    CODEBOOKS = "codebooks"
+    DECODER = "decoder"
+    TRAINING = "training"  # heads that neither encoding nor decoding uses
+
+
+@dataclass(frozen=True)
+class FrameCodes:
+    """Codes of a batch on the codec's device: what families return and receive.
+
+    codes: per stream int64 [B, Q, T]; entries past ``num_frames`` are undefined on the way out of
+    ``_encode`` and 0 on the way into ``_decode``.
+    num_frames: int64 [B], valid token frames, at least 1.
+    frame_spans: int64 [B, T], base frames per token, only for variable rates.
+    margins: per stream float [B, Q, T], only when asked for: (d2 - d1) / d1 of the squared
+    distances to the best and the second best entry.
+    """
+
+    codes: Mapping[str, Tensor]
+    num_frames: Tensor
+    frame_spans: Tensor | None = None
+    margins: Mapping[str, Tensor] | None = None
+
+
+class Codec(nn.Module, ABC):
+    """A codec: the final ``encode`` and ``decode`` check, mask and trim; a family does the rest.
+
+    A family writes ``_encode``, ``_decode``, ``part_of`` and ``identity``. Its modules
+    hold no non-persistent buffers (constants are computed when used), so that a codec can be built
+    on the meta device and filled from a file.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(self, config: FamilyConfig) -> None:
+        """Keep what all codecs answer alike; the weights come from the family."""
+        super().__init__()
+        self.sample_rate = config.sample_rate
+        self.hop_length = config.hop_length
+        self.streams = config.streams
+        self.is_variable_rate = config.is_variable_rate
+        self.architecture = config.architecture()
+        self._spec: CodecSpec | None = None
+
+    @property
+    def spec(self) -> CodecSpec:
+        """What this codec is and how it is run. Raises ``ConfigError`` before ``bind``."""
+        if self._spec is None:
+            raise ConfigError("This codec was built without a manifest: load it with load_codec.")
+        return self._spec
+
+    def bind(self, spec: CodecSpec) -> Self:
+        """Give the codec its identity and settings; done by ``models.loading``."""
+        manifest = spec.manifest
+        assert manifest.sample_rate == self.sample_rate
+        assert manifest.hop_length == self.hop_length
+        assert manifest.streams == self.streams
+        self._spec = spec
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights: float32, or float64 when the codec judges ties."""
+        return next(self.parameters()).dtype
+
+    @final
+    def encode(self, audio: Tensor, num_samples: Tensor) -> TokenBatch:
+        """Turn audio into tokens.
+
+        Args:
+            audio: float32 [B, 1, N] at the codec's sample rate, channel rule and gain already
+                applied. What lies past a clip's end is ignored.
+            num_samples: int64 [B], length of each clip in samples, 0..N. A row of length 0 is
+                unused: it gets no frames.
+
+        Returns:
+            Tokens on the CPU; a clip's last hop is zero-padded.
+
+        Raises:
+            ConfigError: Wrong shape, type or length, or samples that are not finite.
+        """
+        _check_audio(audio, num_samples)
+        frames = self.encode_frames(audio, num_samples)
+        spec = self.spec
+        return TokenBatch(
+            codes={name: _to_int32(codes) for name, codes in frames.codes.items()},
+            num_frames=frames.num_frames.cpu().numpy(),
+            num_samples=num_samples.cpu().numpy().astype(np.int64),
+            encode_id=spec.encode_id,
+            codebook_id=spec.codebook_id,
+            frame_spans=None if frames.frame_spans is None else _to_int32(frames.frame_spans),
+        )
+
+    @final
+    def encode_frames(
+        self, audio: Tensor, num_samples: Tensor, with_margins: bool = False
+    ) -> FrameCodes:
+        """``encode`` without its checks, results on the codec's device, codes past the end 0.
+
+        ``with_margins`` also returns how clear every decision was.
+        """
+        num_samples = num_samples.to(self.device)
+        audio = _zero_past_end(audio.to(self.device, self.dtype), num_samples, self.hop_length)
+        self.eval()
+        with torch.inference_mode():
+            frames = self._encode(audio, num_samples.clamp(min=1), with_margins)
+            num_frames = torch.where(num_samples > 0, frames.num_frames, 0)
+            return _zero_codes_past_end(frames, num_frames)
+
+    @final
+    def decode(self, tokens: TokenBatch, num_codebooks: int | None = None) -> Tensor:
+        """Turn tokens back into audio.
+
+        Args:
+            tokens: Tokens made with this codec's codebooks, by whatever encoder.
+            num_codebooks: Use only the first so many codebooks of every stream.
+
+        Returns:
+            float32 [B, 1, N] on the codec's device, N the longest ``num_samples``; zero past each
+            clip's end.
+
+        Raises:
+            ForeignTokensError: The tokens belong to another codec.
+            ConfigError: Codes out of range, or lengths that do not fit the codes.
+        """
+        check_tokens(tokens, self.spec)
+        frames = self._frames_of(tokens, num_codebooks)
+        longest = int(tokens.num_samples.max(initial=0))
+        audio = torch.zeros(len(tokens), 1, longest, device=self.device, dtype=self.dtype)
+        if longest == 0:
+            return audio
+        self.eval()
+        with torch.inference_mode():
+            decoded = self._decode(frames)[:, :, :longest]
+            audio[:, :, : decoded.shape[2]] = decoded
+            ends = torch.from_numpy(tokens.num_samples).to(self.device)
+            return audio * (torch.arange(longest, device=self.device) < ends[:, None, None])
+
+    def forward(self, audio: Tensor, num_samples: Tensor) -> Any:
+        """Training pass; families that can be trained replace it. Raises ``ConfigError`` here."""
+        raise ConfigError(f"Codec family {self.family!r} has no training pass yet.")
+
+    @abstractmethod
+    def _encode(self, audio: Tensor, num_samples: Tensor, with_margins: bool) -> FrameCodes:
+        """Codes of audio [B, 1, N], N a hop multiple, zero past each end, lengths at least 1.
+
+        A clip's codes must depend on its own samples alone, whatever else is in the batch.
+        """
+
+    @abstractmethod
+    def _decode(self, frames: FrameCodes) -> Tensor:
+        """Audio [B, 1, M] of codes with at least one frame; what lies past a clip's end is free."""
+
+    @classmethod
+    @abstractmethod
+    def part_of(cls, key: str) -> Part:
+        """Part to which the tensor ``key`` of the state dict belongs."""
+
+    @abstractmethod
+    def identity(self, part: Part) -> Mapping[str, Any]:
+        """Configuration (JSON-able) that decides results of ``part`` beside its tensors."""
+
+    def _frames_of(self, tokens: TokenBatch, num_codebooks: int | None) -> FrameCodes:
+        if num_codebooks is not None and num_codebooks < 1:
+            raise ConfigError(f"num_codebooks is {num_codebooks}; at least 1 codebook is needed.")
+        missing = [stream.name for stream in self.streams if stream.name not in tokens.codes]
+        if missing:
+            raise ForeignTokensError(
+                f"Codec {self.spec.name} needs stream {missing[0]!r}, which these tokens lack."
+            )
+        self._check_lengths(tokens)
+        num_frames = torch.from_numpy(tokens.num_frames).to(self.device)
+        spans = tokens.frame_spans
+        frames = FrameCodes(
+            codes={
+                stream.name: self._to_device(tokens.codes[stream.name][:, :num_codebooks])
+                for stream in self.streams
+            },
+            num_frames=num_frames.clamp(min=1),
+            frame_spans=None if spans is None else self._to_device(spans),
+        )
+        return _zero_codes_past_end(frames, num_frames.clamp(min=1))
+
+    def _check_lengths(self, tokens: TokenBatch) -> None:
+        spans = tokens.frame_spans
+        if self.is_variable_rate != (spans is not None):
+            raise ConfigError(
+                f"Codec {self.spec.name} has "
+                f"{'a variable' if spans is None else 'no variable'} rate: frame_spans must be "
+                f"{'given' if spans is None else 'left out'}."
+            )
+        if spans is None:
+            base_frames = tokens.num_frames
+        else:
+            valid = np.arange(spans.shape[1]) < tokens.num_frames[:, None]
+            base_frames = (spans * valid).sum(axis=1, dtype=np.int64)
+        # One hop of slack: some codecs drop a tail shorter than a frame.
+        bad = np.flatnonzero(tokens.num_samples > (base_frames + 1) * self.hop_length)
+        if len(bad) or (tokens.num_samples < 0).any():
+            clip = int(bad[0]) if len(bad) else int(tokens.num_samples.argmin())
+            raise ConfigError(
+                f"Clip {clip} claims {int(tokens.num_samples[clip])} samples, but its "
+                f"{int(base_frames[clip])} frames hold "
+                f"{int(base_frames[clip]) * self.hop_length}."
+            )
+
+    def _to_device(self, values: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:
+        width = max(1, values.shape[-1])
+        padded = np.zeros((*values.shape[:-1], width), dtype=np.int64)
+        padded[..., : values.shape[-1]] = values
+        return torch.from_numpy(padded).to(self.device)
+
+
+def _check_audio(audio: Tensor, num_samples: Tensor) -> None:
+    if audio.ndim != 3 or audio.shape[1] != 1 or audio.dtype != torch.float32:
+        raise ConfigError(
+            f"Audio has shape {tuple(audio.shape)} and type {audio.dtype}; "
+            "expected float32 [B, 1, N]."
+        )
+    if num_samples.shape != audio.shape[:1] or num_samples.dtype != torch.int64:
+        raise ConfigError(
+            f"num_samples has shape {tuple(num_samples.shape)} and type {num_samples.dtype}; "
+            f"expected int64 [{audio.shape[0]}]."
+        )
+    outside = (num_samples < 0) | (num_samples > audio.shape[2])
+    if bool(outside.any()):
+        clip = int(outside.nonzero()[0])
+        raise ConfigError(
+            f"Clip {clip} claims {int(num_samples[clip])} samples; the batch holds 0.."
+            f"{audio.shape[2]}."
+        )
+    inside = torch.arange(audio.shape[2], device=audio.device) < num_samples[:, None].to(
+        audio.device
+    )
+    bad = (~torch.isfinite(audio[:, 0]) & inside).nonzero()
+    if len(bad):
+        clip, sample = (int(i) for i in bad[0])
+        raise ConfigError(f"Sample {sample} of clip {clip} is not a finite number.")
+
+
+def _zero_past_end(audio: Tensor, num_samples: Tensor, hop_length: int) -> Tensor:
+    """Audio padded to a hop multiple (at least one hop), zero past each clip's end."""
+    size = max(1, -(-audio.shape[2] // hop_length)) * hop_length
+    audio = nn.functional.pad(audio, (0, size - audio.shape[2]))
+    inside = torch.arange(size, device=audio.device) < num_samples[:, None, None]
+    # Not a product: what lies past an end may be NaN.
+    return audio.masked_fill(~inside, 0.0)
+
+
+def _zero_codes_past_end(frames: FrameCodes, num_frames: Tensor) -> FrameCodes:
+    sizes = {codes.shape[-1] for codes in frames.codes.values()}
+    assert len(sizes) == 1, "all streams share their frames"
+    inside = torch.arange(sizes.pop(), device=num_frames.device) < num_frames[:, None]
+    spans = frames.frame_spans
+    return FrameCodes(
+        codes={name: codes * inside[:, None] for name, codes in frames.codes.items()},
+        num_frames=num_frames,
+        frame_spans=None if spans is None else spans * inside,
+        margins=frames.margins,
+    )
+
+
+def _to_int32(values: Tensor) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return values.to("cpu", torch.int32).numpy()
