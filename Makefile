@@ -1,0 +1,60 @@
+# Every command a person or CI runs. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Which torch, and from which index. Empty: the index that pip is configured with.
+# CPU only, from PyTorch's own index: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+CORPUS ?= tests/corpus/clips
+KEEP ?=
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-stop demo-clean test test-slow lint types layers check clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make the environment in .venv (pinned; TORCH_INDEX=... chooses the source of torch)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): Airflow, torch ($(TORCH)), pyiceberg, Great Expectations and the development tools,"
+	@echo "about 220 packages, 2.5 GB on disk with a CPU build of torch; versions pinned in constraints.txt."
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or run make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[airflow,worker,dev]"
+	@du -sh $(VENV) | awk '{print "Installed: " $$1}'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Corpus -> bucket -> Airflow -> published token dataset (CORPUS=folder, KEEP=1 leaves it running)
+	@$(BIN)/python -m hcodec_airflow.demo --corpus "$(CORPUS)" --state .demo --dags dags $(if $(KEEP),--keep)
+
+demo-stop: $(STAMP) ## End a demo that was left running with KEEP=1
+	@$(BIN)/python -m hcodec_airflow.demo --state .demo --stop
+
+demo-clean: demo-stop ## Remove everything the demo wrote
+	rm -rf .demo
+
+test: $(STAMP) ## Run the tests, with one end-to-end run through a real Airflow and a real S3 endpoint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## Run the longer suites
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(STAMP) ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+layers: $(STAMP) ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+check: lint types layers ## All static checks
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
