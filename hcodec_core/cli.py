@@ -1,6 +1,0 @@
-"""Console script ``hcodec``."""
-
-
-def main() -> int:
-    """Run one command; returns its exit code."""
-    return 0
