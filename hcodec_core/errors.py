@@ -5,6 +5,7 @@
     |  |- CheckpointError          43   weights or codec manifest are wrong
     |  |- ForeignTokensError       43   tokens of another codec
     |  `- AccessError              43   no such bucket, no permission, prefix not allowed
+    |     `- FolderMissingError    43   a local folder does not exist (an unmounted volume?)
     |- StorageError                 1   object storage did not answer as it should (retry)
     |- ObjectMissingError           1   an object that should be there is not
     |- SourceChangedError           1   an object is not the one that was listed
@@ -52,6 +53,10 @@ class ForeignTokensError(ConfigError):
 
 class AccessError(ConfigError):
     """A bucket does not exist, permission is missing, or a prefix is outside the allowed ones."""
+
+
+class FolderMissingError(AccessError):
+    """A local folder to be listed does not exist: perhaps a volume is not mounted."""
 
 
 class StorageError(HCodecError):
