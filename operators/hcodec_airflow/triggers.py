@@ -1,0 +1,123 @@
+"""Triggers: they wait in the triggerer, off its event loop, and hold no worker slot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from hcodec_airflow.backends import open_backend
+from hcodec_airflow.backends.base import JobRequest, WorkerResources
+from hcodec_airflow.progress import JobSize, ProgressReader
+from hcodec_airflow.settings import read_settings
+from hcodec_airflow.states import JobState
+from hcodec_airflow.watch import JobWatch, Verdict
+from hcodec_core.errors import HCodecError
+
+logger = logging.getLogger(__name__)
+_DEFERRED = "deferred"
+
+
+class CodecJobTrigger(BaseTrigger):
+    """Waits for a job, restarts its workers, reports their progress in the task's log.
+
+    ``owner`` is the id of the task try that deferred. ``lock`` names the dataset lock to renew (see
+    ``steps.renew_lock``), None when there is none.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        request: dict[str, Any],
+        size: dict[str, int],
+        owner: str,
+        lock: dict[str, Any] | None = None,
+        poll_seconds: float = 3.0,
+    ) -> None:
+        """Keep plain values only: a trigger is rebuilt from them in another process."""
+        super().__init__()
+        self.backend = backend
+        self.request = request
+        self.size = size
+        self.owner = owner
+        self.lock = lock
+        self.poll_seconds = poll_seconds
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """See ``BaseTrigger``."""
+        names = ("backend", "request", "size", "owner", "lock", "poll_seconds")
+        return f"{__name__}.CodecJobTrigger", {name: getattr(self, name) for name in names}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Yield one event, the verdict as a dictionary (see ``watch.Verdict``)."""
+        try:
+            verdict = await self._watch()
+        except HCodecError as error:
+            verdict = Verdict(JobState.FAILED, str(error), is_retryable=error.retryable)
+        yield TriggerEvent(verdict.as_event())
+
+    async def on_kill(self) -> None:
+        """Stop the workers, if this try's task is really no longer deferred.
+
+        Airflow calls this also in a triggerer that hung, lost its triggers to another one and came
+        back: then the task is still deferred, and the work is another trigger's.
+        """
+        if await self._task_state() == _DEFERRED:
+            logger.info("The task is still deferred: another triggerer watches it; workers go on.")
+            return
+        killed = await asyncio.to_thread(self._kill)
+        logger.info("Workers stopped." if killed else "The workers belong to a newer try.")
+
+    async def _watch(self) -> Verdict:
+        watch = await asyncio.to_thread(self._make_watch)
+        while True:
+            verdict = await asyncio.to_thread(watch.step)
+            if verdict is not None:
+                return verdict
+            await asyncio.sleep(self.poll_seconds)
+
+    def _make_watch(self) -> JobWatch:
+        settings = read_settings()
+        request = request_from(self.request)
+        return JobWatch(
+            open_backend(self.backend, settings),
+            ProgressReader(settings.open_storage(), request.plan_uri),
+            request,
+            self.owner,
+            JobSize(**self.size),
+        )
+
+    def _kill(self) -> bool:
+        backend = open_backend(self.backend, read_settings())
+        return backend.kill(request_from(self.request), self.owner)
+
+    async def _task_state(self) -> str | None:
+        """State of this task in Airflow's database, None once it was cleared."""
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        task = self.task_instance
+        assert task is not None
+        states = await asyncio.to_thread(
+            RuntimeTaskInstance.get_task_states,
+            dag_id=task.dag_id,
+            task_ids=[task.task_id],
+            run_ids=[task.run_id],
+            map_index=task.map_index,
+        )
+        name = task.task_id if task.map_index < 0 else f"{task.task_id}_{task.map_index}"
+        state = states.get(task.run_id, {}).get(name)
+        return None if state is None else str(getattr(state, "value", state))
+
+
+def request_as_values(request: JobRequest) -> dict[str, Any]:
+    """A request as plain JSON values."""
+    return asdict(request)
+
+
+def request_from(values: dict[str, Any]) -> JobRequest:
+    """The request that ``request_as_values`` was given."""
+    return JobRequest(**{**values, "resources": WorkerResources(**values["resources"])})
