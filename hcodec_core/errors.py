@@ -11,6 +11,7 @@
     |- SourceChangedError           1   an object is not the one that was listed
     |- AudioError                   1   one file cannot be used; carries a quarantine reason
     |- LeaseLostError               1   another worker owns the shard now
+    |- PlanIncompleteError          1   shards of a plan have no result, failed, or do not add up
     |- CommitConflictError          1   another writer moved the table (retry)
     |- ValidationFailedError        1   the dataset did not pass its checks
     |- BudgetExceededError          1   more bad files, or more cost, than the budget allows
@@ -104,6 +105,10 @@ class AudioError(HCodecError):
 
 class LeaseLostError(HCodecError):
     """Another worker took the shard over; nothing may be written for it any more."""
+
+
+class PlanIncompleteError(HCodecError):
+    """Not every file of a plan is accounted for: nothing can be committed."""
 
 
 class CommitConflictError(HCodecError):
