@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,9 @@ class CodecManifest(BaseModel):
 
     ``architecture`` is the family's own configuration. ``weights_sha256`` is the digest of the
     whole safetensors file (64 hex digits). ``is_trained`` is false for random weights, and every
-    report says so.
+    report says so. ``min_tail_samples`` is the law of lengths: the last, unfinished hop of a clip
+    becomes a frame when it holds at least so many samples (1: it is zero-padded, T = ceil(n / hop);
+    the hop: it is dropped). A clip with fewer samples has no frame: the codec refuses it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,7 @@ class CodecManifest(BaseModel):
     hop_length: int = Field(gt=0)
     streams: tuple[StreamSpec, ...] = Field(min_length=1)
     is_variable_rate: bool = False
+    min_tail_samples: int = Field(default=1, gt=0)
     architecture: dict[str, Any]
     parts: PartDigests
     weights_sha256: str
@@ -83,6 +86,16 @@ class CodecManifest(BaseModel):
     def frame_rate(self) -> Fraction:
         """Token frames per second (base frames for a variable rate)."""
         return Fraction(self.sample_rate, self.hop_length)
+
+    @overload
+    def num_frames(self, num_samples: int) -> int: ...
+
+    @overload
+    def num_frames(self, num_samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """Base frames of clips of ``num_samples`` samples (see ``min_tail_samples``)."""
+        return (num_samples + self.hop_length - self.min_tail_samples) // self.hop_length
 
     @property
     def digest(self) -> str:
@@ -203,8 +216,13 @@ class CodecSpec:
         return digest_of({"codebooks": parts.codebooks, "decoder": parts.decoder})
 
     def num_frames(self, num_samples: int) -> int:
-        """Base frames of a clip of ``num_samples`` samples: the last hop is zero-padded."""
-        return -(-num_samples // self.hop_length)
+        """Base frames of a clip of ``num_samples`` samples (see ``min_tail_samples``)."""
+        return self.manifest.num_frames(num_samples)
+
+    @property
+    def min_samples(self) -> int:
+        """Samples of the shortest clip that has a frame; shorter ones are ``too_short``."""
+        return self.manifest.min_tail_samples
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Self, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hcodec_core.errors import ConfigError, ForeignTokensError
+from hcodec_core.errors import AudioError, ConfigError, ForeignTokensError, QuarantineReason
 from hcodec_core.tokens import CodecSpec, TokenBatch, check_tokens
 
 if TYPE_CHECKING:
@@ -56,9 +56,22 @@ class Codec(nn.Module, ABC):
     A family writes ``_encode``, ``_decode``, ``part_of`` and ``identity``. Its modules
     hold no non-persistent buffers (constants are computed when used), so that a codec can be built
     on the meta device and filled from a file.
+
+    What a family declares:
+        batching: ``length-aware``: layers keep padding out, so clips of many lengths share a batch
+            and the engine pads them to one shape. ``equal-length``: the layers cannot know where a
+            clip ends, so a row runs only beside rows of exactly its own length; the codec itself
+            sees to it (``EqualLengthCodec``), one row at a time in mode exact. Whatever batch the
+            engine hands over, codes are the same. Padding to a shape and filling up with unused
+            rows buys nothing there; sorting clips by exact length is what helps mode fast.
+        decodes_prefixes: Whether the first codebooks alone can be decoded (``num_codebooks``).
+        min_tail_samples: The law of lengths, see ``CodecManifest``.
     """
 
     family: ClassVar[str]
+    batching: ClassVar[Literal["length-aware", "equal-length"]] = "length-aware"
+    decodes_prefixes: ClassVar[bool] = True
+    min_tail_samples: int = 1
 
     def __init__(self, config: FamilyConfig) -> None:
         """Keep what all codecs answer alike; the weights come from the family."""
@@ -83,6 +96,7 @@ class Codec(nn.Module, ABC):
         assert manifest.sample_rate == self.sample_rate
         assert manifest.hop_length == self.hop_length
         assert manifest.streams == self.streams
+        assert manifest.min_tail_samples == self.min_tail_samples
         self._spec = spec
         return self
 
@@ -111,8 +125,10 @@ class Codec(nn.Module, ABC):
 
         Raises:
             ConfigError: Wrong shape, type or length, or samples that are not finite.
+            AudioError: A clip is too short to have a frame (reason ``too_short``).
         """
         _check_audio(audio, num_samples)
+        self._check_long_enough(num_samples)
         frames = self.encode_frames(audio, num_samples)
         spec = self.spec
         return TokenBatch(
@@ -154,7 +170,8 @@ class Codec(nn.Module, ABC):
 
         Raises:
             ForeignTokensError: The tokens belong to another codec.
-            ConfigError: Codes out of range, or lengths that do not fit the codes.
+            ConfigError: Codes out of range, lengths that do not fit the codes, or fewer codebooks
+                than this codec can decode.
         """
         check_tokens(tokens, self.spec)
         frames = self._frames_of(tokens, num_codebooks)
@@ -196,6 +213,11 @@ class Codec(nn.Module, ABC):
     def _frames_of(self, tokens: TokenBatch, num_codebooks: int | None) -> FrameCodes:
         if num_codebooks is not None and num_codebooks < 1:
             raise ConfigError(f"num_codebooks is {num_codebooks}; at least 1 codebook is needed.")
+        if not self.decodes_prefixes and self._is_cut(tokens, num_codebooks):
+            raise ConfigError(
+                f"Codec {self.spec.name} decodes all its codebooks or none: leave num_codebooks "
+                "out and give tokens with every codebook."
+            )
         missing = [stream.name for stream in self.streams if stream.name not in tokens.codes]
         if missing:
             raise ForeignTokensError(
@@ -213,6 +235,24 @@ class Codec(nn.Module, ABC):
             frame_spans=None if spans is None else self._to_device(spans),
         )
         return _zero_codes_past_end(frames, num_frames.clamp(min=1))
+
+    def _is_cut(self, tokens: TokenBatch, num_codebooks: int | None) -> bool:
+        given = (
+            (stream.num_codebooks, tokens.codes[stream.name].shape[1])
+            for stream in self.streams
+            if stream.name in tokens.codes
+        )
+        return any(min(has, num_codebooks or has) < wanted for wanted, has in given)
+
+    def _check_long_enough(self, num_samples: Tensor) -> None:
+        too_short = (num_samples > 0) & (num_samples < self.min_tail_samples)
+        if bool(too_short.any()):
+            clip = int(too_short.nonzero()[0])
+            raise AudioError(
+                QuarantineReason.TOO_SHORT,
+                f"Clip {clip} has {int(num_samples[clip])} samples; codec {self.spec.name} needs "
+                f"at least {self.min_tail_samples}.",
+            )
 
     def _check_lengths(self, tokens: TokenBatch) -> None:
         spans = tokens.frame_spans

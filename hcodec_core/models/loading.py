@@ -1,7 +1,7 @@
 """Loading and saving codecs: safetensors only, every digest checked.
 
-The weights file of a codec holds exactly the tensors of the model's state dict. The frozen SSL model
-lies in it under the prefix ``ssl.``.
+The weights file of a codec holds exactly the tensors of the model's state dict. The frozen SSL
+model lies in it under the prefix ``ssl.``.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def describe_codec(codec: Codec, card: CodecCard, weights_sha256: str) -> CodecM
         hop_length=codec.hop_length,
         streams=codec.streams,
         is_variable_rate=codec.is_variable_rate,
+        min_tail_samples=codec.min_tail_samples,
         architecture=codec.architecture,
         parts=part_digests(codec),
         weights_sha256=weights_sha256,
