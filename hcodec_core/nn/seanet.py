@@ -98,12 +98,17 @@ class SeanetStage(nn.Module):
 class SeanetEncoder(nn.Module):
     """Audio to frames: conv, stages, an optional module on frames, ELU, conv.
 
-    ``middle`` maps ([B, D, T], lengths) to the same shape: a transformer in H-Codec, an LSTM in
-    others.
+    ``middle`` maps ([B, D, T], lengths) to [B, middle_dim, T]: a transformer in H-Codec, an LSTM
+    in others.
     """
 
-    def __init__(self, config: SeanetConfig, middle: nn.Module | None = None) -> None:
-        """Build the encoder."""
+    def __init__(
+        self,
+        config: SeanetConfig,
+        middle: nn.Module | None = None,
+        middle_dim: int | None = None,
+    ) -> None:
+        """Build the encoder; ``middle_dim`` None: ``middle`` keeps the width."""
         super().__init__()
         widths = config.widths
         self.strides = config.strides
@@ -114,7 +119,10 @@ class SeanetEncoder(nn.Module):
         )
         self.middle = middle
         self.conv_out = config.conv(
-            widths[-1], config.out_dim, config.last_kernel, stride=config.last_stride
+            middle_dim or widths[-1],
+            config.out_dim,
+            config.last_kernel,
+            stride=config.last_stride,
         )
 
     def forward(self, audio: Tensor, lengths: Lengths) -> Tensor:
