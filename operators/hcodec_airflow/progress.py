@@ -1,4 +1,4 @@
-"""How far a job is, from what its workers left in storage: results for truth, heartbeats for pace."""
+"""How far a job is, by what workers left in storage: results for truth, heartbeats for pace."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class CodecJobTrigger(BaseTrigger):
         poll_seconds: float = 3.0,
     ) -> None:
         """Keep plain values only: a trigger is rebuilt from them in another process."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Airflow leaves it untyped
         self.backend = backend
         self.request = request
         self.size = size
@@ -58,7 +58,7 @@ class CodecJobTrigger(BaseTrigger):
             verdict = await self._watch()
         except HCodecError as error:
             verdict = Verdict(JobState.FAILED, str(error), is_retryable=error.retryable)
-        yield TriggerEvent(verdict.as_event())
+        yield TriggerEvent(verdict.as_event())  # type: ignore[no-untyped-call]  # as above
 
     async def on_kill(self) -> None:
         """Stop the workers, if this try's task is really no longer deferred.

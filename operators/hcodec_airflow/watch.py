@@ -108,7 +108,7 @@ class JobWatch:
         if state.is_final:
             return self._conclude(state, observation, progress)
         if can_restart(observation, self._request.max_restarts):
-            self._backend.submit_or_adopt(self._request, self._owner)
+            self._backend.restart_ended(self._request, self._owner)
         self._report_if_due(progress, observation)
         return None
 

@@ -82,9 +82,12 @@ class Backend(Protocol):
     def submit_or_adopt(self, request: JobRequest, owner: str) -> Observation:
         """Make ``owner`` the owner and start the workers that are missing, never a second set.
 
-        A worker that ended with a restart left is started again; others are left alone. Raises
-        ``ConfigError`` when this backend cannot run here, ``StorageError`` for what may pass.
+        Raises ``ConfigError`` when this backend cannot run here, ``StorageError`` for what may
+        pass.
         """
+
+    def restart_ended(self, request: JobRequest, owner: str) -> None:
+        """Start workers again that ended with a restart left, if ``owner`` still owns them."""
 
     def observe(self, request: JobRequest) -> Observation:
         """Look at the workers without changing anything."""

@@ -106,10 +106,16 @@ class LocalBackend:
             record = self._adopted(request, owner)
             # Written before any start: a starter that dies leaves strays that the next one finds.
             self._write(request, record)
-            for index in range(request.num_workers):
-                record = self._with_worker(request, record, index)
-                self._write(request, record)
+            self._start_missing(request, record)
         return self.observe(request)
+
+    def restart_ended(self, request: JobRequest, owner: str) -> None:
+        """See ``Backend``."""
+        with self._locked(request):
+            record = self._read(request)
+            if record is not None and record.owner == owner and not record.is_killed:
+                self._check_host(record)
+                self._start_missing(request, record)
 
     def observe(self, request: JobRequest) -> Observation:
         """See ``Backend``. Raises ``ConfigError`` when the workers are on another host."""
@@ -165,17 +171,22 @@ class LocalBackend:
                 folder=str(self._state_path / request.name),
                 owner=owner,
             )
-        if record.owner == owner:
+        if record.owner == owner and not record.is_killed:
             return record
         alive = [w for w in record.workers if processes.is_alive(w.group)]
         logger.info("Adopted %d running workers of an earlier try.", len(alive))
         workers = tuple(worker.model_copy(update={"num_starts": 1}) for worker in alive)
         return record.model_copy(update={"owner": owner, "is_killed": False, "workers": workers})
 
+    def _start_missing(self, request: JobRequest, record: JobRecord) -> None:
+        for index in range(request.num_workers):
+            record = self._with_worker(request, record, index)
+            self._write(request, record)
+
     def _with_worker(self, request: JobRequest, record: JobRecord, index: int) -> JobRecord:
         """The record with worker ``index`` running, unless it must not be started (again)."""
         known = next((w for w in record.workers if w.index == index), None)
-        if record.is_killed or (known is not None and processes.is_alive(known.group)):
+        if known is not None and processes.is_alive(known.group):
             return record
         num_starts = known.num_starts + 1 if known else 1
         if num_starts > request.max_restarts + 1:

@@ -1,4 +1,4 @@
-"""Processes of this host that outlive their parent: started in their own session, found again later.
+"""Processes of this host that outlive their parent: in sessions of their own, found again later.
 
 A process is named by host id, process group and start time: the same number on another host, in
 another container or after a reboot is another process.
@@ -136,7 +136,7 @@ def _group_of(pid: int) -> int | None:
 
 def _is_zombie(pid: int) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     return True
 
 

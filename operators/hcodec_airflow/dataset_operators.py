@@ -1,0 +1,218 @@
+"""The operators around the job: lock, inventory, plan, commit, validate, publish, release.
+
+Each is a thin shell over one function of ``steps``; what it returns is small and plain.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseOperator, SkipMixin
+
+from hcodec_airflow.failures import task_failures
+from hcodec_airflow.links import REPORT_URL_KEY, ValidationReportLink
+from hcodec_airflow.requests import TokenizeRequest, read_request
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetOperator(BaseOperator):
+    """Base of the operators: one request, from the DAG's form and what the DAG fixes.
+
+    Args:
+        request: Entries of ``requests.TokenizeRequest`` that the form does not have.
+    """
+
+    ui_color = "#e8f0dd"
+
+    def __init__(self, *, request: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Keep what is fixed; the rest is in the run's parameters."""
+        super().__init__(**kwargs)
+        self.request = dict(request or {})
+
+    def execute(self, context: Context) -> Any:
+        """Do the step; errors of the product fail the task with their sentence."""
+        with task_failures():
+            return self.step(context)
+
+    def step(self, context: Context) -> Any:
+        """What the operator does."""
+        raise NotImplementedError
+
+    def read_request(self, context: Context) -> TokenizeRequest:
+        """The request of this run. Raises ``ConfigError`` naming each wrong entry."""
+        return read_request({**self.request, **dict(context["params"])})
+
+
+class LockDatasetOperator(DatasetOperator):
+    """Takes the dataset's lock; while another run holds it, waits deferred and says for whom.
+
+    Returns what ``release`` and the job need to know of the lock. A dry run takes none.
+    """
+
+    ui_color = "#f3e6c8"
+
+    def step(self, context: Context) -> dict[str, Any] | None:
+        """See the class."""
+        return self._acquire(context)
+
+    def acquire_again(self, context: Context, event: dict[str, Any]) -> dict[str, Any] | None:
+        """Try again when the trigger saw the lock free or stale."""
+        logger.info("%s", event["message"])
+        with task_failures():
+            return self._acquire(context)
+
+    def _acquire(self, context: Context) -> dict[str, Any] | None:
+        from hcodec_airflow import steps
+
+        request = self.read_request(context)
+        if request.dry_run:
+            logger.info("Dry run: no lock is needed.")
+            return None
+        task = context["ti"]
+        held = steps.acquire_lock(request.dataset, f"{task.dag_id}/{task.run_id}")
+        if held is None:
+            self._wait(request.dataset)
+        return held
+
+    def _wait(self, dataset: str) -> None:
+        from hcodec_airflow.triggers import DatasetLockTrigger
+
+        self.defer(trigger=DatasetLockTrigger(dataset), method_name="acquire_again")
+
+
+class ReleaseLockOperator(DatasetOperator):
+    """Gives the dataset's lock back, whatever became of the run.
+
+    Args:
+        lock: What the lock task returned (templated).
+    """
+
+    template_fields: Sequence[str] = ("lock",)
+    ui_color = "#f3e6c8"
+
+    def __init__(self, *, lock: Any, **kwargs: Any) -> None:
+        """Keep where the lock's description comes from."""
+        super().__init__(**kwargs)
+        self.lock = lock
+
+    def step(self, context: Context) -> None:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        if self.lock is not None:
+            steps.release_lock(self.lock)
+
+
+class InventoryOperator(DatasetOperator):
+    """Lists the source's objects; returns the inventory's URI and size."""
+
+    def step(self, context: Context) -> dict[str, Any]:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        task = context["ti"]
+        return steps.inventory(self.read_request(context), f"{task.dag_id}/{task.run_id}")
+
+
+class PlanOperator(DatasetOperator, SkipMixin):
+    """Plans the work and logs its size and cost; returns the plan's URIs and counts.
+
+    With nothing to do, or in a dry run, all later tasks are skipped and the run succeeds.
+
+    Args:
+        inventory: What the inventory task returned (templated).
+    """
+
+    template_fields: Sequence[str] = ("inventory",)
+    inherits_from_skipmixin = True
+
+    def __init__(self, *, inventory: Any, **kwargs: Any) -> None:
+        """Keep where the inventory's description comes from."""
+        super().__init__(**kwargs)
+        self.inventory = inventory
+
+    def step(self, context: Context) -> dict[str, Any]:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        plan = steps.plan(self.read_request(context), self.inventory["inventory_uri"])
+        if plan["ends_run"]:
+            context["ti"].xcom_push(key="return_value", value=plan)
+            later = self.get_flat_relatives(upstream=False)
+            # Teardowns run all the same: the lock is given back.
+            self.skip(ti=context["ti"], tasks=[task for task in later if not task.is_teardown])
+        return plan
+
+
+class _PlanStepOperator(DatasetOperator):
+    """Base of the operators that work on a plan.
+
+    Args:
+        plan: What the plan task returned (templated).
+    """
+
+    template_fields: Sequence[str] = ("plan",)
+
+    def __init__(self, *, plan: Any, **kwargs: Any) -> None:
+        """Keep where the plan's description comes from."""
+        super().__init__(**kwargs)
+        self.plan = plan
+
+
+class CommitOperator(_PlanStepOperator):
+    """Registers the plan's results on a branch of their own; returns snapshot and counts."""
+
+    def step(self, context: Context) -> dict[str, Any]:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        return steps.commit(self.plan)
+
+
+class ValidateOperator(_PlanStepOperator):
+    """Checks the committed snapshot; a failure drops the branch and names what is wrong."""
+
+    operator_extra_links = (ValidationReportLink(),)
+
+    def step(self, context: Context) -> dict[str, Any]:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        report = steps.validate(self.plan)
+        context["ti"].xcom_push(key=REPORT_URL_KEY, value=report["report_url"])
+        steps.refuse_invalid(self.plan, report)
+        return report
+
+
+class PublishOperator(_PlanStepOperator):
+    """Lets readers see the validated snapshot; the dataset's asset gets an event.
+
+    The event's ``extra`` and what the task returns: dataset, version, files, rows, audio hours and
+    snapshot id.
+    """
+
+    def step(self, context: Context) -> dict[str, Any]:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        version = steps.publish(self.plan)
+        self._tell(context, version)
+        return version
+
+    def _tell(self, context: Context, version: dict[str, Any]) -> None:
+        from airflow.sdk import Asset, AssetAlias
+
+        from hcodec_airflow.assets import dataset_asset
+
+        for outlet in self.outlets:
+            if isinstance(outlet, AssetAlias):
+                asset = dataset_asset(version["dataset"])
+                context["outlet_events"][outlet].add(asset, extra=version)
+            elif isinstance(outlet, Asset):
+                context["outlet_events"][outlet].extra = version

@@ -1,0 +1,24 @@
+"""How errors of the product end a task: retried where a later try may do better, else at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from hcodec_core.errors import HCodecError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def task_failures() -> Iterator[None]:
+    """Turn ``HCodecError`` into a failed try (retryable) or a failed task, with its sentence."""
+    try:
+        yield
+    except HCodecError as error:
+        logger.error("%s", error)
+        kind = AirflowException if error.retryable else AirflowFailException
+        raise kind(str(error)) from error

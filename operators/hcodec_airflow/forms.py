@@ -1,0 +1,168 @@
+"""The fields of the trigger form: title, help, section and JSON schema of each parameter.
+
+The schema is what the API refuses wrong values by (400), so that it says all it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from airflow.sdk import Param
+
+from hcodec_airflow.requests import MAX_WORKERS, NAME_LENGTH, NAME_PATTERN, URI_PATTERN
+
+_WHAT = "What"
+_HOW = "How"
+_LIMITS = "Limits"
+_RUN = "This run"
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "source": {
+        "type": "string",
+        "pattern": URI_PATTERN,
+        "title": "Source",
+        "description": "Folder of audio files (s3://bucket/prefix/, file:///folder/), or a "
+        "manifest (.csv, .jsonl, .parquet) with a column uri. It must lie under an allowed prefix "
+        "of the configuration.",
+        "section": _WHAT,
+    },
+    "dataset": {
+        "type": "string",
+        "pattern": NAME_PATTERN,
+        "maxLength": NAME_LENGTH,
+        "title": "Dataset",
+        "description": "Name of the token dataset: lower-case letters, digits, single "
+        "underscores. A new name makes a new dataset; a known one is brought up to date.",
+        "section": _WHAT,
+    },
+    "codec": {
+        "type": "string",
+        "minLength": 1,
+        "default": "hcodec-nano",
+        "title": "Codec",
+        "description": "A preset with weights (hcodec-nano), a folder (s3://bucket/models/h1, "
+        "file:///models/h1) or a repository (hf://org/name@revision).",
+        "section": _WHAT,
+    },
+    "workers": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_WORKERS,
+        "default": 2,
+        "title": "Workers",
+        "description": "Processes that encode at the same time. Tokens do not depend on it.",
+        "section": _HOW,
+    },
+    "mode": {
+        "type": "string",
+        "enum": ["exact", "fast"],
+        "default": "exact",
+        "title": "Mode",
+        "description": "exact: the same tokens for the same audio, however the work is split. "
+        "fast: quicker and another dataset; refused where the engine does not have it.",
+        "section": _HOW,
+    },
+    "hours_per_shard": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "default": 1.0,
+        "title": "Hours of audio per shard",
+        "description": "A shard is the unit of work and of retry. Plan many more shards than "
+        "workers.",
+        "section": _HOW,
+    },
+    "shards": {
+        "type": ["null", "integer"],
+        "minimum": 1,
+        "default": None,
+        "title": "Shards",
+        "description": "Their number, in place of hours per shard.",
+        "section": _HOW,
+    },
+    "max_hours_per_version": {
+        "type": ["null", "number"],
+        "exclusiveMinimum": 0,
+        "default": None,
+        "title": "Hours of audio per version",
+        "description": "Take only the first so many hours; later runs take the rest. Empty: all.",
+        "section": _LIMITS,
+    },
+    "spend_cap": {
+        "type": ["null", "number"],
+        "minimum": 0,
+        "default": None,
+        "title": "Spend cap",
+        "description": "Highest estimated cost, in the currency of the configuration. Above it "
+        "nothing is started. Empty: no cap.",
+        "section": _LIMITS,
+    },
+    "max_bad_share": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.05,
+        "title": "Budget for bad files",
+        "description": "Share of the files (0.05 is 5 %) that may end in quarantine. Above it "
+        "nothing is published.",
+        "section": _LIMITS,
+    },
+    "max_delete_share": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.2,
+        "title": "Largest share of deletions",
+        "description": "Share of the dataset's objects that may be gone from the source. Above it "
+        "their tokens are kept, and the task plan says so.",
+        "section": _LIMITS,
+    },
+    "allow_many_deletes": {
+        "type": "boolean",
+        "default": False,
+        "title": "Allow many deletions",
+        "description": "Remove the tokens of deleted objects even above that share. For one run, "
+        "when the objects were really deleted.",
+        "section": _RUN,
+    },
+    "retry_quarantined": {
+        "type": "boolean",
+        "default": False,
+        "title": "Retry quarantined files",
+        "description": "Try files again that an earlier run could not use.",
+        "section": _RUN,
+    },
+    "dry_run": {
+        "type": "boolean",
+        "default": False,
+        "title": "Dry run",
+        "description": "Only plan: the task plan logs files, hours and cost; nothing is encoded.",
+        "section": _RUN,
+    },
+}
+
+RUN_FIELDS = (
+    "workers",
+    "max_hours_per_version",
+    "spend_cap",
+    "max_bad_share",
+    "max_delete_share",
+    "allow_many_deletes",
+    "retry_quarantined",
+    "dry_run",
+)
+
+
+def form(names: Iterable[str], defaults: Mapping[str, Any] | None = None) -> dict[str, Param]:
+    """Parameters called ``names``; ``defaults`` replace those of the fields."""
+    return {name: _param({**FIELDS[name], **_default(name, defaults)}) for name in names}
+
+
+def _default(name: str, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"default": defaults[name]} if defaults and name in defaults else {}
+
+
+def _param(entry: dict[str, Any]) -> Param:
+    # A field without a default must be filled in; one with an empty default greys the form.
+    default = {"default": entry.pop("default")} if "default" in entry else {}
+    return Param(**default, **entry)

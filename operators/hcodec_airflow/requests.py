@@ -1,0 +1,111 @@
+"""What a tokenise run is asked to do: one value, whether it comes from a form or a declaration."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from hcodec_core.config import describe
+from hcodec_core.errors import ConfigError
+
+# No two underscores in a row: they part a dataset's name from its encode id in table names.
+NAME_PATTERN = r"^[a-z](_?[a-z0-9])*_?$"
+NAME_LENGTH = 64
+URI_PATTERN = r"^(s3://[^/]+|file:///)"
+MAX_WORKERS = 256
+
+DatasetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
+SourceUri = Annotated[str, StringConstraints(pattern=URI_PATTERN)]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Work(_Document):
+    sources: tuple[SourceUri, ...] = Field(min_length=1)
+    codec: str = Field(default="hcodec-nano", min_length=1)
+    mode: Literal["exact", "fast"] = "exact"
+    workers: int = Field(default=2, ge=1, le=MAX_WORKERS)
+    hours_per_shard: float = Field(default=1.0, gt=0)
+    shards: int | None = Field(default=None, ge=1)
+    max_hours_per_version: float | None = Field(default=None, gt=0)
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    max_delete_share: float = Field(default=0.2, ge=0, le=1)
+    spend_cap: float | None = Field(default=None, ge=0)
+
+
+class TokenizeRequest(_Work):
+    """One run of the pipeline; the entries are those of ``hcodec_core.dataset.plan.PlanRequest``.
+
+    ``max_bad_share``: share of files that may be quarantined. ``shards``: their number, in place of
+    ``hours_per_shard``.
+    """
+
+    dataset: DatasetName
+    allow_many_deletes: bool = False
+    retry_quarantined: bool = False
+    dry_run: bool = False
+
+
+class DeclaredDataset(_Work):
+    """One table of ``datasets.toml``: a request and when it runs (cron text, preset, or never)."""
+
+    description: str = ""
+    schedule: str | None = None
+
+    def request_values(self) -> dict[str, Any]:
+        """The part of it that a ``TokenizeRequest`` holds."""
+        return self.model_dump(mode="json", exclude={"description", "schedule"})
+
+
+def read_request(values: Mapping[str, Any]) -> TokenizeRequest:
+    """A request from a form's values; ``source`` stands for one of ``sources``.
+
+    Raises ``ConfigError`` naming each wrong entry.
+    """
+    known = dict(values)
+    source = known.pop("source", None)
+    if source is not None:
+        known["sources"] = [source]
+    try:
+        return TokenizeRequest.model_validate(known)
+    except ValidationError as error:
+        raise ConfigError(f"This run cannot be started: {describe(error)}.") from error
+
+
+def read_declarations(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of ``datasets.toml`` by dataset name, not yet checked one by one.
+
+    Raises ``ConfigError`` when the file is missing, no TOML, or has other tables.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist: write it beside the DAG files.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from error
+    tables = document.pop("datasets", {})
+    if document or not isinstance(tables, dict):
+        others = ", ".join(document) or "datasets"
+        raise ConfigError(f"{path}: {others}: write one table [datasets.<name>] per dataset.")
+    return tables
+
+
+def check_declaration(path: Path, name: str, table: Any) -> DeclaredDataset:
+    """One dataset of ``datasets.toml``. Raises ``ConfigError`` naming file, dataset and entries."""
+    place = f"{path.name}, [datasets.{name}]"
+    try:
+        TokenizeRequest.model_validate({"dataset": name, "sources": ["file:///"]})
+    except ValidationError as error:
+        raise ConfigError(
+            f"{place}: a dataset's name has lower-case letters, digits and underscores."
+        ) from error
+    try:
+        return DeclaredDataset.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {describe(error)}.") from error

@@ -1,0 +1,178 @@
+"""What the tasks do, free of Airflow: each calls the product and returns a few plain values."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hcodec_airflow.requests import TokenizeRequest
+from hcodec_airflow.settings import Settings, read_settings
+from hcodec_core.errors import ConfigError, ObjectMissingError
+
+if TYPE_CHECKING:
+    from hcodec_core.config import Config
+    from hcodec_core.dataset.plan import Plan, PlanRequest
+    from hcodec_core.storage import Storage
+
+logger = logging.getLogger(__name__)
+_PROBE_SECONDS = 300
+
+
+def inventory(request: TokenizeRequest, run: str) -> dict[str, Any]:
+    """List the sources into a folder of this run.
+
+    A listing that an earlier try did not finish is gone on with; one that is complete is taken
+    anew, since it is asked for again.
+    """
+    from hcodec_core.dataset.inventory import take_inventory
+    from hcodec_core.storage import join_uri
+    from hcodec_core.tokens import digest_of
+
+    config, storage = _open(read_settings())
+    out_uri = join_uri(config.work.work_uri, "inventories", request.dataset, digest_of(run)[:16])
+    info = take_inventory(
+        config,
+        storage,
+        request.sources,
+        out_uri,
+        resume=_is_unfinished(storage, out_uri),
+        progress=lambda number: logger.info("%d objects listed", number),
+    )
+    logger.info("%d objects, %.3f GB, in %s", info.num_files, info.num_bytes / 1e9, request.sources)
+    return {
+        "inventory_uri": info.inventory_uri,
+        "num_files": info.num_files,
+        "num_bytes": info.num_bytes,
+    }
+
+
+def plan(request: TokenizeRequest, inventory_uri: str) -> dict[str, Any]:
+    """Plan the work and log it; ``ends_run`` when there is nothing to do or it is a dry run."""
+    from hcodec_core.dataset.plan import make_plan
+    from hcodec_core.jobs import JOB_FILE
+    from hcodec_core.storage import join_uri
+
+    settings = read_settings()
+    config, storage = _open(settings)
+    wanted = _plan_request(request, inventory_uri, settings, storage)
+    made = make_plan(config, storage, wanted, dry_run=request.dry_run)
+    for line in describe_plan(made):
+        logger.info("%s", line)
+    if made.is_empty:
+        logger.info("Nothing new: dataset %s is up to date.", made.dataset)
+    elif request.dry_run:
+        logger.info("Dry run: nothing is encoded.")
+    return {
+        "plan_id": made.plan_id,
+        "plan_uri": made.plan_uri,
+        "job_uri": join_uri(made.plan_uri, JOB_FILE),
+        "dataset": made.dataset,
+        "outcome": _plan_outcome(made, request),
+        "ends_run": made.is_empty or request.dry_run,
+        "num_files": made.num_files,
+        "num_tombstones": made.num_tombstones,
+        "num_shards": made.num_shards,
+        "audio_hours": round(made.audio_hours, 4),
+        "cost": round(made.cost, 4),
+        "currency": made.currency,
+    }
+
+
+def describe_plan(made: Plan) -> list[str]:
+    """What a plan means, for people."""
+    trained = "" if made.codec_is_trained else " (random weights, for tests only)"
+    lines = [
+        f"Dataset {made.dataset}, now at {made.base_version or 'no version yet'}; "
+        f"codec {made.codec_name}{trained}, encode id {made.encode_id[:12]}",
+        f"Listed {made.num_listed_files} files: {made.num_new_files} new, "
+        f"{made.num_changed_files} changed, {made.num_unchanged_files} unchanged, "
+        f"{made.num_quarantined_files} in quarantine; {made.num_tombstones} deleted",
+        f"To encode: {made.num_files} files, {made.num_bytes / 1e9:.3f} GB, about "
+        f"{made.audio_hours:.2f} h of audio in {made.num_shards} shards",
+        f"Estimate: {made.worker_hours:.2f} worker hours, {made.cost:.2f} {made.currency}",
+    ]
+    if made.num_remaining_files:
+        lines.append(
+            f"Left for later runs: {made.num_remaining_files} files, {made.remaining_hours:.2f} h"
+        )
+    if made.withheld_tombstones:
+        lines.append(
+            f"Kept though their objects seem gone: {made.withheld_tombstones} rows, because "
+            f"{made.withheld_reason}"
+        )
+    if made.exceeds_spend_cap:
+        lines.append(f"This is above the spend cap of {made.spend_cap} {made.currency}.")
+    return lines
+
+
+def _plan_outcome(made: Plan, request: TokenizeRequest) -> str:
+    if made.is_empty:
+        return "nothing new"
+    return "dry run" if request.dry_run else "planned"
+
+
+def _plan_request(
+    request: TokenizeRequest, inventory_uri: str, settings: Settings, storage: Storage
+) -> PlanRequest:
+    from hcodec_core.codecs import load_manifest
+    from hcodec_core.dataset.plan import BadFileBudget, PlanRequest
+    from hcodec_core.tokens import EncodeSettings
+
+    manifest = load_manifest(request.codec, fetch=storage.read)
+    return PlanRequest(
+        dataset=request.dataset,
+        inventory_uri=inventory_uri,
+        codec_uri=request.codec,
+        manifest=manifest,
+        settings=EncodeSettings(mode=request.mode, compute_class=compute_class(settings)),
+        hours_per_shard=request.hours_per_shard,
+        num_shards=request.shards,
+        max_hours_per_version=request.max_hours_per_version,
+        max_delete_share=request.max_delete_share,
+        allow_many_deletes=request.allow_many_deletes,
+        retry_quarantined=request.retry_quarantined,
+        spend_cap=request.spend_cap,
+        bad_files=BadFileBudget(max_share=request.max_bad_share),
+    )
+
+
+def compute_class(settings: Settings) -> str:
+    """Compute class of local workers, asked of a process of its own: torch stays out of this one.
+
+    Raises ``ConfigError`` when the workers' libraries are not installed here.
+    """
+    from hcodec_airflow.backends.local import worker_environment
+
+    command = ["env", "--json", "--device", settings.local_device]
+    done = subprocess.run(
+        [sys.executable, "-m", "hcodec_core.cli", *command],
+        env=worker_environment(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=_PROBE_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ConfigError(
+            f"Local workers cannot run here ({last}): install the extra 'worker' beside Airflow, "
+            "and check option local_device of section [hcodec]."
+        )
+    return str(json.loads(done.stdout)["compute_class"])
+
+
+def _open(settings: Settings) -> tuple[Config, Storage]:
+    return settings.load_config(), settings.open_storage()
+
+
+def _is_unfinished(storage: Storage, inventory_uri: str) -> bool:
+    from hcodec_core.dataset.inventory import read_inventory_info
+
+    try:
+        return not read_inventory_info(storage, inventory_uri).is_complete
+    except ObjectMissingError:
+        return False
