@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle  # noqa: TID251 - only its error class, to say which file was refused
 from collections.abc import Collection, Mapping
@@ -70,7 +71,7 @@ class GoldenCase:
 def read_checkpoint(path: Path, roots: Collection[str]) -> State:
     """Tensors of a released checkpoint under plain names.
 
-    A ``state_dict`` or ``model`` wrapper and the prefixes ``generator.``, ``model.`` and ``module.``
+    A ``state_dict``, ``model`` or ``codec_model`` wrapper and the prefixes ``generator.``, ``model.``, ``module.``
     are removed, entries that are not tensors dropped, and both spellings of weight norm brought to
     ``weight_g`` / ``weight_v``.
 
@@ -133,14 +134,17 @@ def ssl_state(tensors: Mapping[str, Tensor], config: SslConfig) -> State:
 
 
 def fold_weight_norm(gain: Tensor, direction: Tensor, dim: int = 0) -> Tensor:
-    """Weight of a weight-normed layer: direction times gain over the norm across all but ``dim``."""
+    """Weight of a weight-normed layer; the norm runs across all dimensions but ``dim``."""
     others = [i for i in range(direction.ndim) if i != dim]
     norm: Tensor = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
     return direction * (gain / norm)
 
 
 def take(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
-    """Tensor ``key`` as contiguous float32. Raises ``CheckpointError`` when missing or misshapen."""
+    """Tensor ``key`` as its own float32 copy.
+
+    Raises ``CheckpointError`` when it is missing or has another shape.
+    """
     if key not in state:
         raise CheckpointError(f"The checkpoint lacks the tensor {key!r}.")
     value = state[key]
@@ -183,7 +187,9 @@ def _load(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             loaded: Any = load_safetensors(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+            # X-Codec's released files also hold byte buffers; they are data, and are dropped.
+            with torch.serialization.safe_globals([io.BytesIO]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}.") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError) as error:
@@ -197,7 +203,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _unwrap(loaded: Mapping[str, Any]) -> State:
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "codec_model"):
         inner = loaded.get(wrapper)
         if isinstance(inner, Mapping):
             return _unwrap(inner)

@@ -173,7 +173,7 @@ def hcodec_nano() -> HCodecConfig:
         encoder_heads=4,
         encoder_layers=2,
         mel=MelConfig(num_mels=80, n_fft=640, hop_length=320),
-        semantic_dim=64,
+        semantic_dim=48,
         semantic_strides=(2, 1),
         num_codebooks=4,
         codebook_size=1024,
