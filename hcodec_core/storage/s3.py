@@ -8,6 +8,7 @@ missing key; a repeated PUT with ``If-None-Match`` is refused though its first a
 from __future__ import annotations
 
 import contextlib
+import mimetypes
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -204,8 +205,10 @@ class S3Storage:
         """See ``Storage``; large files go in parts."""
         _, bucket, key = split_uri(uri)
         size = path.stat().st_size
+        # Without its type, a browser saves a report instead of showing it.
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         with _translated(uri):
-            self._client.upload_file(str(path), bucket, key)
+            self._client.upload_file(str(path), bucket, key, ExtraArgs={"ContentType": kind})
         info = self.head(uri)
         if info is None or info.size != size:
             raise StorageError(f"{uri} is not there, or not whole, after its upload; try again.")
