@@ -65,9 +65,9 @@ def pad_ends(
     Row b gets ``left`` steps before, and after its last valid step ``right`` plus what makes its
     length a multiple of ``stride``. The result has ceil(T / stride) * stride + left + right steps.
     """
-    extra = -lengths.size % stride
-    if left + right + extra == 0:
+    if left + right + stride == 1:
         return x
+    extra = -lengths.size % stride
     longest_pad = max(left, right + extra)
     if lengths.is_full and lengths.size > longest_pad:
         # The general path below copies the same values; this one is one kernel.
