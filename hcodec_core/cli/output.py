@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Commands = Any  # argparse keeps the type of its sub-parser action private
 
 
+Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
+"""Title, column heads, rows."""
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a command's results go; with ``is_json`` they are one JSON document."""
@@ -39,19 +43,17 @@ class Output:
         """Print rows under column heads; as JSON a list of objects."""
         rows = [tuple(row) for row in rows]
         if self.is_json:
-            self.result([dict(zip(columns, row, strict=True)) for row in rows])
-            return
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
+            self.result(_objects(columns, rows))
+        else:
+            _print_table(title, columns, rows)
 
-        table = Table(title=title, title_justify="left")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(str(value)) for value in row))
-        # A pipe has no width of its own: cut nothing there.
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    def tables(self, tables: Sequence[Table]) -> None:
+        """Print several tables; as JSON one object with a list of objects per title."""
+        if self.is_json:
+            self.result({title: _objects(columns, rows) for title, columns, rows in tables})
+            return
+        for title, columns, rows in tables:
+            _print_table(title, columns, rows)
 
     def note(self, text: str) -> None:
         """Say something that is not the result."""
@@ -88,6 +90,26 @@ class Output:
             disable=not sys.stderr.isatty(),
         ) as progress:
             yield progress
+
+
+def _objects(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    table = RichTable()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row))
+    # A pipe has no width of its own: cut nothing there.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(title, markup=False, highlight=False)
+    console.print(table)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

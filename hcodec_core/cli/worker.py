@@ -26,6 +26,7 @@ def add_commands(commands: Commands) -> None:
 
     env = commands.add_parser("env", help="compute class and library versions of this machine")
     env.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    env.add_argument("--threads", type=int, default=1, help="CPU threads of the encoder")
     add_json(env)
     env.set_defaults(handler=_env)
 
@@ -60,7 +61,7 @@ def _env(options: argparse.Namespace, output: Output) -> None:
 
     output.result(
         {
-            "compute_class": compute_class(options.device),
+            "compute_class": compute_class(options.device, options.threads),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
