@@ -1,0 +1,313 @@
+"""The plan, its results and the rows of a snapshot, gathered in one place for asking.
+
+Everything that grows with the number of files lies in a DuckDB file in a work folder, so memory
+stays bounded whatever the size of the plan or the table; codes are counted as they stream by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from hcodec_core.config import describe
+from hcodec_core.dataset.rowfacts import (
+    CodeCounter,
+    flag_columns,
+    needed_columns,
+    row_facts,
+    slices,
+)
+from hcodec_core.errors import ObjectMissingError
+from hcodec_core.jobs import FILES_FILE, ShardResult, TokenizeJob
+from hcodec_core.storage import Storage, join_uri
+
+# Batches of the rows of a snapshot: (columns, plan_id, or None for the rows of every plan).
+RowReader = Callable[[Sequence[str], str | None], Iterable[pa.RecordBatch]]
+
+_RESULT_THREADS = 16
+_RESULTS_PER_CHUNK = 256
+
+_TABLES = {
+    "results": "shard_id VARCHAR, status VARCHAR, error VARCHAR, worker_seconds DOUBLE",
+    "outcomes": "shard_id VARCHAR, uri VARCHAR, etag VARCHAR, outcome VARCHAR, reason VARCHAR,"
+    " detail VARCHAR, audio_seconds DOUBLE",
+    "new_rows": "audio_id VARCHAR, uri VARCHAR, etag VARCHAR, shard_id VARCHAR,"
+    " content_sha256 VARCHAR, num_samples BIGINT, sample_rate INT, num_frames INT,"
+    " duration_seconds DOUBLE, peak FLOAT, loudness_db FLOAT, clipped_share FLOAT",
+    "keys": "audio_id VARCHAR, uri VARCHAR",
+    "faults": "check_name VARCHAR, shard_id VARCHAR, uri VARCHAR, note VARCHAR",
+}
+
+# Each query gives (shard_id, uri, note), one row per fault.
+_FAULT_QUERIES = {
+    "plan_lists_file_once": """
+        SELECT min(shard_id), uri, 'listed ' || count(*) || ' times'
+        FROM plan GROUP BY uri HAVING count(*) > 1""",
+    "shard_done": """
+        SELECT s.shard_id, NULL, coalesce(nullif(r.error, ''), r.status, 'no result')
+        FROM (SELECT DISTINCT shard_id FROM plan) s LEFT JOIN results r USING (shard_id)
+        WHERE r.status IS DISTINCT FROM 'done'""",
+    "file_accounted_once": """
+        SELECT p.shard_id, p.uri, count(o.uri) || ' outcomes'
+        FROM (SELECT DISTINCT shard_id, uri FROM plan) p LEFT JOIN outcomes o USING (uri)
+        GROUP BY ALL HAVING count(o.uri) <> 1""",
+    "outcome_in_plan": """
+        SELECT shard_id, uri, outcome || ', but not listed in this shard' FROM outcomes o
+        WHERE NOT EXISTS (FROM plan p WHERE p.uri = o.uri AND p.shard_id = o.shard_id)""",
+    "tokens_have_one_row": """
+        SELECT o.shard_id, o.uri, count(r.uri) || ' rows'
+        FROM (SELECT DISTINCT shard_id, uri FROM outcomes WHERE outcome = 'tokens') o
+        LEFT JOIN new_rows r USING (uri) GROUP BY ALL HAVING count(r.uri) <> 1""",
+    "row_has_tokens_outcome": """
+        SELECT shard_id, uri, 'a row, but not the outcome tokens' FROM new_rows r
+        WHERE NOT EXISTS (FROM outcomes o WHERE o.uri = r.uri AND o.outcome = 'tokens')""",
+    "row_in_plan": """
+        SELECT shard_id, uri, 'uri and etag are not in the plan' FROM new_rows r
+        WHERE NOT EXISTS (FROM plan p WHERE p.uri = r.uri AND p.etag = r.etag)""",
+    "audio_id_matches": """
+        SELECT shard_id, uri, 'audio_id ' || coalesce(audio_id, 'is null') FROM new_rows
+        WHERE audio_id IS DISTINCT FROM sha256(uri || chr(10) || etag)[:32]""",
+    "duration_agrees": """
+        SELECT r.shard_id, r.uri, format('{:.3f} s of samples, {:.3f} s decoded, {:.3f} s reported',
+               r.num_samples / r.sample_rate, r.duration_seconds, coalesce(o.audio_seconds, 0))
+        FROM new_rows r LEFT JOIN outcomes o ON o.uri = r.uri AND o.outcome = 'tokens'
+        WHERE abs(r.num_samples / r.sample_rate - r.duration_seconds) > $tolerance
+           OR abs(o.audio_seconds - r.duration_seconds) > $tolerance""",
+    "audio_id_unique": """
+        SELECT NULL, min(uri), 'its audio_id has ' || count(*) || ' rows'
+        FROM keys GROUP BY audio_id HAVING count(*) > 1""",
+    "uri_unique": """
+        SELECT NULL, uri, count(*) || ' rows' FROM keys GROUP BY uri HAVING count(*) > 1""",
+}
+_FAULT_NAME = "coalesce(uri, 'shard ' || shard_id, 'a row without a name')"
+
+
+def fault_names(job: TokenizeJob) -> list[str]:
+    """Names of all checks whose faults are counted file by file."""
+    return [*_FAULT_QUERIES, *flag_columns(job.manifest)]
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The first faults in the order of their names, each with a note, and how many there are."""
+
+    examples: list[tuple[str, str]]
+    count: int
+
+
+class SnapshotFacts:
+    """A context manager around the DuckDB file; ``gather`` fills it, then it can be asked.
+
+    ``work_path``: folder for the DuckDB file and its scratch; the caller removes it. Tables:
+    ``plan``, ``results``, ``outcomes``, ``new_rows``, ``keys`` (of all rows), ``faults``.
+    """
+
+    def __init__(self, job: TokenizeJob, work_path: Path, memory_bytes: int = 1 << 30) -> None:
+        """Open an empty database that may hold ``memory_bytes`` before it spills to disk."""
+        import duckdb
+
+        self.job = job
+        self.counters = [CodeCounter(stream) for stream in job.manifest.streams]
+        self.builds: set[str] = set()
+        self._work_path = work_path
+        path = work_path / "facts.duckdb"
+        path.unlink(missing_ok=True)  # left by a try that was killed
+        self._db: Any = duckdb.connect(str(path))
+        for name, value in {
+            "autoinstall_known_extensions": "false",  # they would be looked for on the network
+            "autoload_known_extensions": "false",
+            "memory_limit": f"'{memory_bytes // 1000} KB'",
+            "preserve_insertion_order": "false",
+        }.items():
+            self._db.execute(f"SET {name} = {value}")
+        self._db.execute("SET temp_directory = ?", [str(work_path / "spill")])
+
+    def __enter__(self) -> SnapshotFacts:
+        """Nothing more to open."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def ask(self, query: str, arguments: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows that a query gives."""
+        answer: list[tuple[Any, ...]] = self._db.execute(query, list(arguments)).fetchall()
+        return answer
+
+    def gather(self, storage: Storage, rows: RowReader) -> None:
+        """Read plan, results and rows, and look for faults."""
+        flags = "".join(f", {name} BOOLEAN" for name in flag_columns(self.job.manifest))
+        for name, columns in _TABLES.items():
+            self._db.execute(f"CREATE TABLE {name} ({columns}{flags * (name == 'new_rows')})")
+        self._load_plan(storage)
+        self._load_results(storage)
+        self._load_rows(rows)
+        self._find_faults()
+
+    def _load_plan(self, storage: Storage) -> None:
+        path = self._work_path / FILES_FILE
+        storage.download(join_uri(self.job.plan_uri, FILES_FILE), path)
+        self._db.execute(
+            "CREATE TABLE plan AS SELECT shard_index, shard_id, uri, etag FROM read_parquet(?)",
+            [str(path)],
+        )
+        path.unlink()
+
+    def _load_results(self, storage: Storage) -> None:
+        shard_ids = [row[0] for row in self.ask("SELECT DISTINCT shard_id FROM plan ORDER BY ALL")]
+        for start in range(0, len(shard_ids), _RESULTS_PER_CHUNK):
+            chunk = shard_ids[start : start + _RESULTS_PER_CHUNK]
+            self._add_results(list(read_results(storage, self.job, chunk)))
+
+    def _add_results(self, results: list[ShardResult]) -> None:
+        shards = [
+            {
+                "shard_id": result.shard_id,
+                "status": result.status,
+                "error": result.error,
+                "worker_seconds": result.timings.total_seconds,
+            }
+            for result in results
+        ]
+        outcomes = [
+            {"shard_id": result.shard_id, **outcome.model_dump(mode="json")}
+            for result in results
+            for outcome in result.outcomes
+        ]
+        self._insert("results", pa.Table.from_pylist(shards))
+        self._insert("outcomes", pa.Table.from_pylist(outcomes))
+        self.builds.update(_build_text(result.build) for result in results if result.build)
+
+    def _load_rows(self, rows: RowReader) -> None:
+        manifest = self.job.manifest
+        for piece in slices(rows(needed_columns(manifest), self.job.plan_id), manifest):
+            self._insert("new_rows", row_facts(piece, manifest, self.counters))
+        for batch in rows(["audio_id", "uri"], None):
+            self._insert("keys", pa.Table.from_batches([batch]))
+
+    def _insert(self, table: str, values: pa.Table) -> None:
+        if not values.num_rows:
+            return
+        self._db.register("incoming", values)
+        self._db.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+        self._db.unregister("incoming")
+
+    def _find_faults(self) -> None:
+        manifest = self.job.manifest
+        tolerance = {"tolerance": manifest.hop_length / manifest.sample_rate}
+        for name, query in _FAULT_QUERIES.items():
+            arguments = tolerance if "$tolerance" in query else {}
+            self._db.execute(f"INSERT INTO faults SELECT '{name}', * FROM ({query})", arguments)
+        for name in flag_columns(manifest):
+            self._db.execute(
+                f"INSERT INTO faults SELECT '{name}', shard_id, uri, '' FROM new_rows WHERE {name}"
+            )
+
+    def faults_by_shard(self) -> pa.Table:
+        """One row per shard: ``shard_id`` and, per check, how many faults it has (int64).
+
+        Faults that no shard is to blame for lie in the row of shard "".
+        """
+        counts = ", ".join(
+            f"count(*) FILTER (check_name = '{name}') AS {name}" for name in fault_names(self.job)
+        )
+        answer: pa.Table = self._db.sql(
+            f"SELECT coalesce(shard_id, '') AS shard_id, {counts} FROM"
+            " (FROM faults UNION ALL SELECT DISTINCT '', shard_id, '', '' FROM plan)"
+            " GROUP BY ALL ORDER BY ALL"
+        ).to_arrow_table()
+        return answer
+
+    def faulty(self, check_name: str, limit: int) -> Faults:
+        """What fails a check, as (file or shard, what is wrong with it)."""
+        return self._faults(
+            f"SELECT {_FAULT_NAME}, coalesce(note, ''), count(*) OVER () FROM faults"
+            " WHERE check_name = ? ORDER BY ALL LIMIT ?",
+            [check_name, limit],
+        )
+
+    def faulty_files(self, limit: int) -> Faults:
+        """What fails any check, as (file or shard, names of the checks)."""
+        return self._faults(
+            f"SELECT {_FAULT_NAME} AS name, string_agg(DISTINCT check_name, ', '), count(*) OVER ()"
+            " FROM faults GROUP BY name ORDER BY name LIMIT ?",
+            [limit],
+        )
+
+    def _faults(self, query: str, arguments: Sequence[Any]) -> Faults:
+        found = self.ask(query, arguments)
+        return Faults([(name, note) for name, note, _ in found], found[0][2] if found else 0)
+
+    def without_tokens(self, outcomes: Sequence[str], limit: int) -> list[tuple[str, str, str]]:
+        """Files of the given outcomes in the order of their names: (uri, reason, detail)."""
+        found = self.ask(
+            "SELECT uri, coalesce(reason, outcome), detail FROM outcomes"
+            " WHERE list_contains(?, outcome) ORDER BY ALL LIMIT ?",
+            [list(outcomes), limit],
+        )
+        return [(uri, reason, detail) for uri, reason, detail in found]
+
+    def write_files_without_tokens(self, path: Path) -> None:
+        """Write every file that gave no tokens as one JSON object a line."""
+        names = ("uri", "etag", "outcome", "reason", "detail")
+        self._db.execute(
+            f"SELECT {', '.join(names)} FROM outcomes WHERE outcome <> 'tokens' ORDER BY uri"
+        )
+        with path.open("w") as file:
+            while page := self._db.fetchmany(10_000):
+                lines = (json.dumps(dict(zip(names, row, strict=True))) for row in page)
+                file.writelines(line + "\n" for line in lines)
+
+
+def read_results(
+    storage: Storage, job: TokenizeJob, shard_ids: Sequence[str]
+) -> Iterator[ShardResult]:
+    """Results of the given shards, leaving out shards that have none yet.
+
+    A result that cannot be read, or is of another plan, comes as a failed one that says so.
+    """
+
+    def read(shard_id: str) -> ShardResult | None:
+        uri = join_uri(job.plan_uri, "results", f"{shard_id}.json")
+        try:
+            return _parse_result(storage.read(uri), job, shard_id)
+        except ObjectMissingError:
+            return None
+
+    with ThreadPoolExecutor(_RESULT_THREADS) as pool:
+        yield from (result for result in pool.map(read, shard_ids) if result is not None)
+
+
+def _parse_result(text: bytes, job: TokenizeJob, shard_id: str) -> ShardResult:
+    try:
+        result = ShardResult.model_validate_json(text)
+    except ValidationError as error:
+        return _unusable(job, shard_id, f"its result cannot be read: {describe(error)}")
+    if (result.plan_id, result.shard_id) != (job.plan_id, shard_id):
+        other = f"shard {result.shard_id} of plan {result.plan_id}"
+        return _unusable(job, shard_id, f"its result is one of {other}")
+    return result
+
+
+def _unusable(job: TokenizeJob, shard_id: str, error: str) -> ShardResult:
+    return ShardResult(
+        plan_id=job.plan_id,
+        shard_id=shard_id,
+        shard_index=-1,
+        attempt=-1,
+        worker_id="",
+        status="failed",
+        error=error,
+    )
+
+
+def _build_text(build: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(build.items()))
