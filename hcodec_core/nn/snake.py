@@ -25,8 +25,8 @@ _HALF_WIDTH = 0.3  # of the transition band, in units of the doubled rate's Nyqu
 def half_band_taps() -> tuple[float, ...]:
     """Kaiser-windowed sinc that keeps the lower half of the band; 12 taps of sum 1."""
     attenuation = 2.285 * (NUM_TAPS // 2 - 1) * pi * 4 * _HALF_WIDTH + 7.95
-    excess = attenuation - 21.0  # Kaiser's rule between 21 and 50 dB, where this filter lies
-    window = np.kaiser(NUM_TAPS, 0.5842 * excess**0.4 + 0.07886 * excess)
+    # Kaiser's rule above 50 dB, where this filter just lies.
+    window = np.kaiser(NUM_TAPS, 0.1102 * (attenuation - 8.7))
     times = np.arange(NUM_TAPS) - (NUM_TAPS - 1) / 2
     taps = window * np.sinc(times / 2)
     return tuple((taps / taps.sum()).tolist())

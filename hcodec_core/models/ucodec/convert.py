@@ -12,7 +12,6 @@ Where both speak they must agree. No released file was at hand when this was wri
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -26,6 +25,13 @@ from torch import Tensor
 from hcodec_core.errors import CheckpointError, ConfigError
 from hcodec_core.models.conversion import ConvertRequest, GoldenCase, State, read_checkpoint, take
 from hcodec_core.models.loading import CodecCard, save_codec
+from hcodec_core.models.released_config import (
+    check_agreement,
+    count_like,
+    read_config,
+    section,
+    shape_of,
+)
 from hcodec_core.models.seanet_names import (
     SeanetShape,
     leftovers,
@@ -79,7 +85,7 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
         )
     state = read_checkpoint(request.checkpoint_path, _ROOTS)
     state = {key: value for key, value in state.items() if not _TRAINING_ONLY.match(key)}
-    config = config_from(state, _read_json(request.config_path))
+    config = config_from(state, read_config(request.config_path))
     with torch.device("meta"):
         codec = UCodec(config)
     codec.load_state_dict(our_state(state, codec), assign=True)
@@ -99,21 +105,21 @@ def config_from(state: Mapping[str, Tensor], values: Mapping[str, Any]) -> UCode
         ConfigError: The file lacks something, or asks for something that is not supported.
         CheckpointError: The tensors are of another model, or contradict the file.
     """
-    tokenizer = _section(values, "model", "tokenizer_conf")
-    decoder = _section(values, "model", "wave_decoder_conf")
+    tokenizer = section(values, "model", "tokenizer_conf")
+    decoder = section(values, "model", "wave_decoder_conf")
     if any(key.startswith("token2wav.cond.") for key in state):
         raise ConfigError("This U-Codec is conditioned on speakers, which is not supported.")
     encoder_shape = read_encoder_shape(state, _ENCODER)
     decoder_shape = read_decoder_shape(state, _DECODER)
-    books = _count(state, r"tokenizer\.vq\.layers\.\d+\._codebook\.weight")
-    book = _tensor_shape(state, "tokenizer.vq.layers.0._codebook.weight")
+    books = count_like(state, r"tokenizer\.vq\.layers\.\d+\._codebook\.weight")
+    book = shape_of(state, "tokenizer.vq.layers.0._codebook.weight")
     fields = {
         "sample_rate": tokenizer.get("sample_rate", 24000),
         "normalises_audio": bool(tokenizer.get("audio_do_normalize", False)),
         "encoder": _network(encoder_shape, tokenizer),
         "encoder_transformer": _transformer(state, "tokenizer.encoder_transformer", tokenizer),
         "frame_stride": _frame_stride(state, tokenizer, decoder),
-        "latent_dim": _tensor_shape(state, "tokenizer.vq.layers.0.out_proj.bias")[0],
+        "latent_dim": shape_of(state, "tokenizer.vq.layers.0.out_proj.bias")[0],
         "num_codebooks": books,
         "codebook_size": book[0],
         "codebook_dim": book[1],
@@ -121,7 +127,7 @@ def config_from(state: Mapping[str, Tensor], values: Mapping[str, Any]) -> UCode
         "decoder_transformer": _transformer(state, "token2wav.decoder_transformer", decoder),
     }
     quantiser = {"num_quantizers": books, "codebook_size": book[0], "codebook_dim": book[1]}
-    _agree("vq_conf", tokenizer.get("vq_conf") or {}, quantiser)
+    check_agreement("vq_conf", tokenizer.get("vq_conf") or {}, quantiser)
     return UCodecConfig.from_architecture(fields)
 
 
@@ -193,7 +199,7 @@ def _cases(arrays: Mapping[str, Any], codec_path: Path) -> Iterator[GoldenCase]:
 
 
 def _network(shape: SeanetShape, part: Mapping[str, Any]) -> dict[str, Any]:
-    conf = _subsection(part, "seanet_conf")
+    conf = section(part, "seanet_conf")
     expected = {
         "channels": 1,
         "activation": "ELU",
@@ -209,7 +215,7 @@ def _network(shape: SeanetShape, part: Mapping[str, Any]) -> dict[str, Any]:
         "compress": shape.compress,
         "true_skip": not shape.has_conv_shortcut,
     }
-    _agree("seanet_conf", conf, expected)
+    check_agreement("seanet_conf", conf, expected)
     return asdict(shape) | {
         "dilation_base": conf.get("dilation_base", 2),
         "pad_mode": conf.get("pad_mode", "reflect"),
@@ -223,7 +229,7 @@ def _transformer(
     """Fields of a transformer; None where a pointwise convolution stands in its place."""
     if f"{prefix}.weight" in state:
         return None
-    conf = _subsection(part, "transformer_conf")
+    conf = section(part, "transformer_conf")
     if "num_heads" not in conf:
         raise ConfigError("The configuration's transformer_conf does not say num_heads.")
     layers = f"{prefix}.transformer.layers"
@@ -231,10 +237,10 @@ def _transformer(
     first = (
         f"{layers}.0.linear1.weight" if gating == "none" else f"{layers}.0.gating.linear_in.weight"
     )
-    width, dim = _tensor_shape(state, first)
-    num_layers = _count(state, re.escape(layers) + r"\.\d+\.self_attn\.in_proj_weight")
+    width, dim = shape_of(state, first)
+    num_layers = count_like(state, re.escape(layers) + r"\.\d+\.self_attn\.in_proj_weight")
     has_scales = f"{layers}.0.layer_scale_1.scale" in state
-    _agree(
+    check_agreement(
         "transformer_conf",
         conf,
         {"d_model": dim, "num_layers": num_layers, "positional_scale": 1.0, "conv_layout": True},
@@ -257,13 +263,13 @@ def _transformer(
 def _frame_stride(
     state: Mapping[str, Tensor], tokenizer: Mapping[str, Any], decoder: Mapping[str, Any]
 ) -> int:
-    strides = [_tensor_shape(state, name)[2] // 2 if name in state else 1 for name in (_DOWN, _UP)]
+    strides = [shape_of(state, name)[2] // 2 if name in state else 1 for name in (_DOWN, _UP)]
     if strides[0] != strides[1]:
         raise CheckpointError(
             f"The checkpoint goes down by {strides[0]} and up by {strides[1]} frames."
         )
-    _agree("tokenizer_conf", tokenizer, {"ds_rate": strides[0]})
-    _agree("wave_decoder_conf", decoder, {"up_rate": strides[1]})
+    check_agreement("tokenizer_conf", tokenizer, {"ds_rate": strides[0]})
+    check_agreement("wave_decoder_conf", decoder, {"up_rate": strides[1]})
     return strides[0]
 
 
@@ -282,46 +288,3 @@ def _rms_name(name: str) -> str:
 def _tensors_only(config: UCodecConfig, part: str) -> SeanetShape:
     values = getattr(config, part).model_dump()
     return SeanetShape(**{field: values[field] for field in SeanetShape.__dataclass_fields__})
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The configuration {path} cannot be read as JSON.") from error
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"The configuration {path} holds no JSON object.")
-    return values
-
-
-def _section(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
-    found: Any = values
-    for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"The configuration has no section {'.'.join(names)}.")
-    return found
-
-
-def _subsection(part: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return _section({name: part.get(name)}, name)
-
-
-def _agree(section: str, conf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise ``CheckpointError`` where the file contradicts the tensors, or this implementation."""
-    for name, value in expected.items():
-        if name in conf and conf[name] != value:
-            raise CheckpointError(
-                f"The configuration's {section} says {name} = {conf[name]!r}; the checkpoint (or "
-                f"what is supported) says {value!r}: it belongs to other weights."
-            )
-
-
-def _tensor_shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    if key not in state:
-        raise CheckpointError(f"The checkpoint lacks the tensor {key!r}.")
-    return tuple(state[key].shape)
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return sum(re.fullmatch(pattern, key) is not None for key in state)

@@ -1,0 +1,1 @@
+"""The HH-Codec family."""
