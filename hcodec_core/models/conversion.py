@@ -71,9 +71,9 @@ class GoldenCase:
 def read_checkpoint(path: Path, roots: Collection[str]) -> State:
     """Tensors of a released checkpoint under plain names.
 
-    A ``state_dict``, ``model`` or ``codec_model`` wrapper and the prefixes ``generator.``, ``model.``, ``module.``
-    are removed, entries that are not tensors dropped, and both spellings of weight norm brought to
-    ``weight_g`` / ``weight_v``.
+    A ``state_dict``, ``model`` or ``codec_model`` wrapper and the prefixes ``generator.``,
+    ``model.``, ``module.`` are removed, entries that are not tensors dropped, and both spellings of
+    weight norm brought to ``weight_g`` / ``weight_v``.
 
     Args:
         path: The file.

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 FAMILIES: Mapping[str, str] = {
     "hcodec": "hcodec_core.models.hcodec",
+    "hhcodec": "hcodec_core.models.hhcodec",
+    "library": "hcodec_core.models.library",
+    "ucodec": "hcodec_core.models.ucodec",
+    "xcodec": "hcodec_core.models.xcodec",
 }
 
 
