@@ -102,11 +102,7 @@ def inspect_mp3(source: ByteSource, start: int) -> Layout:
     first = parse_frame_header(source.read(start, 4))
     if first is None:
         return Layout(Container.MP3)
-    num_walked = 0
-    for offset, frame in _frames(source, start, first):
-        num_walked += 1
-        if offset + frame.num_bytes > source.size:
-            raise truncated("The MPEG audio stream ends inside a frame: copy it again.")
+    num_walked = _count_frames(source, start, first)
     promise = _read_promise(source, start, first)
     if promise is None:
         return Layout(Container.MP3, num_walked * first.num_samples, first.sample_rate)
@@ -115,7 +111,22 @@ def inspect_mp3(source: ByteSource, start: int) -> Layout:
             f"The MPEG audio header promises {promise.num_bytes} bytes, the file holds "
             f"{source.size - start}: copy it again."
         )
-    return Layout(Container.MP3, promise.num_samples, first.sample_rate)
+    # FFmpeg forgets to cut the padding off when something follows the last frame. In files joined
+    # end to end the length is that of the first only, so nothing may be cut.
+    is_one_stream = num_walked <= promise.num_frames + 2
+    trim = promise.num_samples if is_one_stream else None
+    return Layout(Container.MP3, promise.num_samples, first.sample_rate, trim_frames=trim)
+
+
+def _count_frames(source: ByteSource, start: int, first: FrameHeader) -> int:
+    """Frames that follow each other from ``start``; the last must be whole."""
+    num_frames, end = 0, start
+    for offset, frame in _frames(source, start, first):
+        num_frames, end = num_frames + 1, offset + frame.num_bytes
+    is_cut_in_header = source.size - end < 4 and source.read(end, 1) == b"\xff"
+    if end > source.size or is_cut_in_header:
+        raise truncated("The MPEG audio stream ends inside a frame: copy it again.")
+    return num_frames
 
 
 def _frames(
@@ -133,6 +144,7 @@ def _frames(
 
 @dataclass(frozen=True)
 class _Promise:
+    num_frames: int
     num_samples: int | None
     num_bytes: int
 
@@ -150,10 +162,11 @@ def _read_promise(source: ByteSource, start: int, first: FrameHeader) -> _Promis
     at = 8 + (4 if flags & 1 else 0)
     num_bytes = int.from_bytes(tag[at : at + 4], "big") if flags & 2 else 0
     if num_frames is None:
-        return _Promise(None, num_bytes)
+        return _Promise(0, None, num_bytes)
     samples = num_frames * first.num_samples
     lame_at = at + (4 if flags & 2 else 0) + (100 if flags & 4 else 0) + (4 if flags & 8 else 0)
-    return _Promise(samples - _gapless_samples(tag[lame_at : lame_at + 36]), num_bytes)
+    gapless = _gapless_samples(tag[lame_at : lame_at + 36])
+    return _Promise(num_frames, samples - gapless, num_bytes)
 
 
 def _gapless_samples(lame: bytes) -> int:
