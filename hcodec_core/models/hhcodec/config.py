@@ -120,5 +120,5 @@ def tiny() -> HHCodecConfig:
 
 PRESETS: Mapping[str, Callable[[], HHCodecConfig]] = {
     "hhcodec-24khz": hhcodec_24khz,
-    "hhcodec-tiny": tiny,
+    "tiny": tiny,
 }

@@ -29,6 +29,7 @@ from hcodec_core.nn.attention_block import AttentionBlock
 from hcodec_core.nn.bigvgan import BigVganGenerator
 from hcodec_core.nn.bilstm import BiLstm
 from hcodec_core.nn.conv import SameConv1d
+from hcodec_core.nn.initial import keep_variance
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.nn.norm import ValidGroupNorm
 from hcodec_core.nn.resnet import ChannelLayerNorm, ConvNeXtBlock, ResnetBlock
@@ -104,6 +105,8 @@ class HHCodec(Codec):
             stride=config.mel_stride,
         )
         self.vocoder = BigVganGenerator(config.vocoder)
+        for network in (self.encoder, self.quantizer):
+            keep_variance(network)
 
     def embed(self, audio: Tensor, num_samples: Tensor) -> tuple[Tensor, Lengths]:
         """What the quantiser receives, [B, latent_dim, T], and its lengths in frames.

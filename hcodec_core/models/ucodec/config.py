@@ -126,7 +126,7 @@ def ucodec_5hz_8x16384() -> UCodecConfig:
 
 
 def tiny() -> UCodecConfig:
-    """A small U-Codec with two encoder frames per token frame, for unit tests."""
+    """The smallest U-Codec, for unit tests."""
     convolutions = ConvNetConfig(num_filters=2, strides=(2, 4, 5, 5), out_dim=16)
     transformer = TransformerConfig(
         dim=16, num_heads=2, num_layers=1, hidden_dim=32, layer_scale=0.5
@@ -134,7 +134,6 @@ def tiny() -> UCodecConfig:
     return UCodecConfig(
         encoder=convolutions,
         encoder_transformer=transformer,
-        frame_stride=2,
         latent_dim=24,
         num_codebooks=4,
         codebook_size=32,
@@ -144,8 +143,36 @@ def tiny() -> UCodecConfig:
     )
 
 
+def tiny_strided() -> UCodecConfig:
+    """The other branches: two encoder frames per token frame, normalised audio, causal decoder."""
+    convolutions = ConvNetConfig(
+        num_filters=2, strides=(4, 5, 8), out_dim=16, has_conv_shortcut=True, pad_mode="constant"
+    )
+    return tiny().model_copy(
+        update={
+            "normalises_audio": True,
+            "frame_stride": 2,
+            "encoder": convolutions.model_copy(update={"num_residual_layers": 2}),
+            "encoder_transformer": TransformerConfig(
+                dim=24,
+                num_heads=3,
+                num_layers=2,
+                hidden_dim=16,
+                norm="rms_norm",
+                positions="sin",
+                gating="silu",
+            ),
+            "decoder": convolutions.model_copy(update={"is_causal": True}),
+            "decoder_transformer": TransformerConfig(
+                dim=24, num_heads=2, num_layers=1, hidden_dim=32, is_causal=True, context=4
+            ),
+        }
+    )
+
+
 PRESETS: Mapping[str, Callable[[], UCodecConfig]] = {
     "ucodec-5hz": ucodec_5hz,
     "ucodec-5hz-8x16384": ucodec_5hz_8x16384,
-    "ucodec-tiny": tiny,
+    "tiny": tiny,
+    "tiny-strided": tiny_strided,
 }

@@ -26,6 +26,7 @@ from hcodec_core.models.base import Codec, FrameCodes, Part
 from hcodec_core.models.ucodec.config import ConvNetConfig, UCodecConfig
 from hcodec_core.nn.conv import EdgeConv1d
 from hcodec_core.nn.factorised import FactorisedResidualQuantizer
+from hcodec_core.nn.initial import keep_variance
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.nn.projected_transformer import ProjectedTransformer
 from hcodec_core.nn.seanet import SeanetConfig, SeanetEncoder
@@ -78,6 +79,8 @@ class UCodec(Codec):
             config.decoder_transformer, latent_dim, config.decoder.out_dim
         )
         self.decoder = SeanetDecoder(_seanet(config.decoder))
+        for network in (self.encoder, self.quantizer, self.decoder):
+            keep_variance(network)
 
     def embed(self, audio: Tensor, num_samples: Tensor) -> tuple[Tensor, Lengths, Tensor]:
         """What the quantiser receives, its lengths in frames, and how many frames are whole.
