@@ -3,7 +3,8 @@
 A family's package holds three modules:
 
 ``config.py`` (no torch): a frozen dataclass with the properties of ``FamilyConfig``; presets as
-    functions without arguments, listed in ``PRESETS`` by codec name; among them ``tiny``.
+    functions without arguments, listed in ``PRESETS`` by codec name; those with ``tiny`` in their
+    name (at least one) run through ``tests/models/test_behaviour.py``.
 ``model.py``: ``build(architecture) -> Codec`` with random weights.
 ``convert.py``: ``convert_checkpoint``, ``recognises_golden`` and ``golden_cases`` (see
     ``FamilyConversion``).

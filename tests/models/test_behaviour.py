@@ -13,13 +13,12 @@ import torch
 from hcodec_core.errors import AudioError, ConfigError, ForeignTokensError, QuarantineReason
 from hcodec_core.inference.engine import Clip, ClipTokens, Engine, compute_class
 from hcodec_core.models.base import Codec, Part
+from hcodec_core.models.library.hosting import draw_weights
 from hcodec_core.models.loading import CodecCard, load_codec, part_digests, save_codec
 from hcodec_core.models.registry import FAMILIES, build_codec, presets
 from hcodec_core.tokens import CodecManifest, EncodeSettings, TokenBatch
 
-TINY = [
-    (family, name) for family in FAMILIES for name in presets(family) if name.startswith("tiny")
-]
+TINY = [(family, name) for family in FAMILIES for name in presets(family) if "tiny" in name]
 CARD = CodecCard("behaviour", is_trained=False, weights_licence="none")
 
 
@@ -51,9 +50,32 @@ def settings(codec: Codec) -> EncodeSettings:
     )
 
 
-def make_subject(family: str, preset: str, folder_path: Path) -> Subject:
+def build_lively(family: str, preset: str) -> Codec:
+    """A codec with random weights under which codes change with the signal.
+
+    Start values made for training may let a signal die on its way; then any codec would pass.
+    """
     torch.manual_seed(0)
-    built = build_codec(family, presets(family)[preset]().architecture())
+    codec = build_codec(family, presets(family)[preset]().architecture())
+    for gain in (1.0, 1.4, 0.7):
+        if is_lively(codec):
+            break
+        draw_weights(codec, gain)
+    return codec
+
+
+def is_lively(codec: Codec) -> bool:
+    size = 24 * codec.hop_length
+    clips = [signal(size, codec.sample_rate, seed) for seed in (1, 2)]
+    frames = codec.encode_frames(torch.from_numpy(np.stack(clips))[:, None], torch.full((2,), size))
+    return all(
+        len(codes[0].unique()) > 2 and not torch.equal(codes[0], codes[1])
+        for codes in frames.codes.values()
+    )
+
+
+def make_subject(family: str, preset: str, folder_path: Path) -> Subject:
+    built = build_lively(family, preset)
     manifest = save_codec(built, CARD, folder_path)
     codec = load_codec(str(folder_path), settings(built))
     return Subject(codec, Engine(codec), manifest, folder_path)
@@ -86,6 +108,10 @@ def token_batch(codec: Codec, clips: Sequence[Clip]) -> TokenBatch:
     for row, clip in enumerate(clips):
         audio[row, 0, : len(clip)] = clip
     return codec.encode(torch.from_numpy(audio), torch.tensor([len(clip) for clip in clips]))
+
+
+def test_every_family_has_a_tiny_preset() -> None:
+    assert {family for family, _ in TINY} == set(FAMILIES)
 
 
 def test_codes_have_the_shape_that_the_spec_tells(subject: Subject) -> None:
@@ -129,14 +155,7 @@ def test_encoding_twice_gives_the_same(subject: Subject) -> None:
 
 
 def test_codes_tell_signals_apart(subject: Subject) -> None:
-    size = subject.codec.hop_length * 24
-    first, second = subject.engine.encode_clips([subject.clip(size, 1), subject.clip(size, 2)])
-    for stream in subject.codec.streams:
-        codes = first.codes[stream.name]
-        assert len(np.unique(codes)) > 2, f"{stream.name} is nearly constant: nothing is tested"
-    assert frames_of(first) == frames_of(second)
-    if first.num_frames == second.num_frames:
-        assert any((first.codes[name] != second.codes[name]).any() for name in first.codes)
+    assert is_lively(subject.codec), "codes hardly change with the signal: nothing is tested"
 
 
 @pytest.mark.parametrize("seed", [1, 2])

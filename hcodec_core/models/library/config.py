@@ -329,9 +329,9 @@ def encodec_24khz() -> EncodecConfig:
 
 
 PRESETS: Mapping[str, Callable[[], AnyConfig]] = {
-    "tiny": tiny_mimi,
-    "tiny-dac": tiny_dac,
-    "tiny-encodec": tiny_encodec,
+    "mimi-tiny": tiny_mimi,
+    "dac-tiny": tiny_dac,
+    "encodec-tiny": tiny_encodec,
     "mimi": mimi,
     "dac-16khz": dac_16khz,
     "dac-24khz": dac_24khz,

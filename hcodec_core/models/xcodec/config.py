@@ -230,7 +230,7 @@ def wavlm() -> XCodecConfig:
 
 
 PRESETS: Mapping[str, Callable[[], XCodecConfig]] = {
-    "tiny": tiny,
+    "xcodec-tiny": tiny,
     "xcodec-hubert-librispeech": hubert,
     "xcodec-hubert-general": hubert,
     "xcodec-hubert-general-balanced": hubert,
@@ -238,7 +238,7 @@ PRESETS: Mapping[str, Callable[[], XCodecConfig]] = {
     "xcodec-wavlm-more-data": wavlm,
 }
 
-HUB_IDS: Mapping[str, str] = {name: f"hf-audio/{name}" for name in PRESETS if name != "tiny"}
+HUB_IDS: Mapping[str, str] = {name: f"hf-audio/{name}" for name in PRESETS if not name.endswith("tiny")}
 """Name of a released model -> its repository on the Hugging Face hub."""
 
 ORIGINAL_FILES: Mapping[str, str] = {
