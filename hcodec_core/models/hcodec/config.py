@@ -192,7 +192,7 @@ def tiny() -> HCodecConfig:
     return HCodecConfig(
         sample_rate=16000,
         latent_dim=16,
-        num_filters=1,
+        num_filters=2,
         strides=(2, 4, 5, 8),
         last_stride=2,
         encoder_heads=2,
