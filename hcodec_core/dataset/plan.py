@@ -89,7 +89,7 @@ def make_plan(
     (a dry run only says so in ``Plan.exceeds_spend_cap``).
     """
     draft = _draft(config, storage, request)
-    plan_id, generation, previous = _name(storage, draft)
+    plan_id, generation, previous_uri = _name(storage, draft)
     plan = _summary(draft, plan_id, generation)
     if dry_run:
         return plan
@@ -99,7 +99,7 @@ def make_plan(
             f"than the cap of {plan.spend_cap}: raise the cap or set max_hours_per_version."
         )
     if not plan.is_empty:
-        _write_plan(storage, draft, plan, previous)
+        _write_plan(storage, draft, plan, previous_uri)
     return plan
 
 
@@ -131,16 +131,16 @@ def _deal(encode_id: str, work: Work, request: PlanRequest) -> tuple[Indices, tu
     return shard_of, tuple(digests)
 
 
-def _name(storage: Storage, draft: _Draft) -> tuple[str, int, dict[str, ShardResult]]:
-    """Plan id, generation, and the results of the generation before, of which some failed."""
+def _name(storage: Storage, draft: _Draft) -> tuple[str, int, str]:
+    """Plan id, generation, and the folder of the generation before, of which shards failed."""
     content = _content_of(draft)
-    previous: dict[str, ShardResult] = {}
+    previous_uri = ""
     for generation in range(_MAX_GENERATIONS):
         plan_id = digest_of(content | {"generation": generation})[:24]
-        results = read_results(storage, draft.layout.plan_uri(plan_id))
-        if not any(result.status == "failed" for result in results.values()):
-            return plan_id, generation, previous
-        previous = results
+        plan_uri = draft.layout.plan_uri(plan_id)
+        if "failed" not in read_results(storage, plan_uri, lambda result: result.status):
+            return plan_id, generation, previous_uri
+        previous_uri = plan_uri
     raise ConfigError(
         f"The plan for {draft.request.dataset} failed {_MAX_GENERATIONS} times: the workers' logs "
         f"below {draft.layout.plans_uri} say why."
@@ -218,15 +218,14 @@ def _cost_of(draft: _Draft) -> dict[str, Any]:
     }
 
 
-def _write_plan(
-    storage: Storage, draft: _Draft, plan: Plan, previous: dict[str, ShardResult]
-) -> None:
+def _write_plan(storage: Storage, draft: _Draft, plan: Plan, previous_uri: str) -> None:
     """Write all of a plan; the job comes last, so that no worker sees half a plan."""
     shard_ids = [f"{digest}-g{plan.generation}" for digest in draft.digests]
     files = _files_table(draft.work, draft.shard_of, shard_ids)
     write_table(storage, join_uri(plan.plan_uri, FILES_FILE), files)
     write_table(storage, join_uri(plan.plan_uri, TOMBSTONES_FILE), draft.work.tombstones)
-    _take_over(storage, plan, shard_ids, previous)
+    if previous_uri:
+        _take_over(storage, plan, shard_ids, previous_uri)
     storage.write(join_uri(plan.plan_uri, PLAN_FILE), plan.model_dump_json(indent=1).encode())
     job = _job_of(draft.request, plan)
     storage.write(join_uri(plan.plan_uri, JOB_FILE), job.model_dump_json(indent=1).encode())
@@ -249,19 +248,22 @@ def _files_table(work: Work, shard_of: Indices, shard_ids: list[str]) -> pa.Tabl
     return pa.table(columns, schema=FILES_SCHEMA)
 
 
-def _take_over(
-    storage: Storage, plan: Plan, shard_ids: list[str], previous: dict[str, ShardResult]
-) -> None:
+def _take_over(storage: Storage, plan: Plan, shard_ids: list[str], previous_uri: str) -> None:
     """Copy the results of shards that the failed generation finished: their files stay valid."""
-    done = {r.shard_id.partition("-g")[0]: r for r in previous.values() if r.status == "done"}
-    for index, shard_id in enumerate(shard_ids):
-        result = done.get(shard_id.partition("-g")[0])
-        if result is not None:
-            names = {"plan_id": plan.plan_id, "shard_id": shard_id, "shard_index": index}
-            taken = result.model_copy(update=names)
-            storage.create(
-                result_uri(plan.plan_uri, shard_id), taken.model_dump_json(indent=1).encode()
-            )
+    index_of = {shard_id.partition("-g")[0]: index for index, shard_id in enumerate(shard_ids)}
+
+    def copy(result: ShardResult) -> None:
+        if result.status == "done":
+            index = index_of[result.shard_id.partition("-g")[0]]
+            names = {
+                "plan_id": plan.plan_id,
+                "shard_id": shard_ids[index],
+                "shard_index": index,
+            }
+            text = result.model_copy(update=names).model_dump_json(indent=1)
+            storage.create(result_uri(plan.plan_uri, shard_ids[index]), text.encode())
+
+    read_results(storage, previous_uri, copy)
 
 
 def _job_of(request: PlanRequest, plan: Plan) -> TokenizeJob:

@@ -29,6 +29,8 @@ Kind = Literal["string", "int", "long", "float", "double", "list<int>", "map<str
 # Arguments of pyarrow.parquet.ParquetWriter: dictionaries keep 16-bit codes at their true size.
 WRITER_OPTIONS: dict[str, Any] = {"compression": "zstd", "use_dictionary": True}
 ROW_GROUP_BYTES = 96 * 1024**2
+# Iceberg keeps 16 characters of text bounds, which all URIs of a bucket have in common.
+METRICS_PROPERTIES = {"write.metadata.metrics.column.uri": "full"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def stats_of_parquet(metadata: Any, manifest: CodecManifest) -> DataFileStats:
     schema = token_schema(manifest)
     found = data_file_statistics_from_parquet_metadata(
         parquet_metadata=metadata,
-        stats_columns=compute_statistics_plan(schema, {}),
+        stats_columns=compute_statistics_plan(schema, METRICS_PROPERTIES),
         parquet_column_mapping=parquet_path_to_id_mapping(schema),
     ).to_serialized_dict()
     return DataFileStats(

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from hcodec_core.config import Config
 from hcodec_core.dataset.layout import DatasetLayout
-from hcodec_core.dataset.schema import token_schema
+from hcodec_core.dataset.schema import METRICS_PROPERTIES, token_schema
 from hcodec_core.errors import CommitConflictError, ConfigError, HCodecError, StorageError
 from hcodec_core.jobs import TokenizeJob
 
@@ -168,6 +168,7 @@ def _table_properties(job: TokenizeJob) -> dict[str, str]:
     return {
         "format-version": "2",
         "write.parquet.compression-codec": "zstd",
+        **METRICS_PROPERTIES,
         # See the module's docstring; foreign writers of this table inherit it.
         "commit.retry.num-retries": "0",
         "hcodec.dataset": job.dataset,
@@ -236,6 +237,12 @@ class SnapshotChange:
             producer.delete_data_file(file)
         producer.commit()
         return int(producer.snapshot_id)
+
+    def remove_branch(self, branch: str) -> None:
+        """Stage the removal of another branch."""
+        from pyiceberg.table.update.snapshot import ManageSnapshots
+
+        ManageSnapshots(self._transaction).remove_branch(branch).commit()
 
     def commit(self, properties: Mapping[str, str]) -> None:
         """Commit branch, snapshot and ``properties`` as one. Raises ``CommitConflictError``."""

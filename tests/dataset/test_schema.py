@@ -90,14 +90,20 @@ def test_stats_come_from_the_writer() -> None:
         "plan_id": "p", "codes": [1, 2, 3, 4], "codes_num_codebooks": 2,
     }  # fmt: skip
     arrow = schema.arrow_schema(make_manifest(("fused", 2)))
-    table = pa.Table.from_pylist([rows | {"uri": u} for u in ("s3://b/a", "s3://b/z")], arrow)
+    table = pa.Table.from_pylist(
+        [rows | {"uri": u} for u in ("s3://bucket/long/name/a", "s3://bucket/long/name/z")], arrow
+    )
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, arrow, **schema.WRITER_OPTIONS) as writer:
         writer.write_table(table)
     stats = schema.stats_of_parquet(pq.read_metadata(sink), make_manifest(("fused", 2)))
     assert stats.num_rows == 2
-    assert from_bytes(StringType(), bytes.fromhex(stats.lower_bounds[2])) == "s3://b/a"
-    assert from_bytes(StringType(), bytes.fromhex(stats.upper_bounds[2])) == "s3://b/z"
+    assert (
+        from_bytes(StringType(), bytes.fromhex(stats.lower_bounds[2])) == "s3://bucket/long/name/a"
+    )
+    assert (
+        from_bytes(StringType(), bytes.fromhex(stats.upper_bounds[2])) == "s3://bucket/long/name/z"
+    )
     assert stats.null_value_counts[9] == 2
     assert 9 not in stats.lower_bounds
     assert set(stats.column_sizes) <= set(schema.field_ids(make_manifest(("fused", 2))).values())
