@@ -13,10 +13,11 @@ from airflow.sdk import BaseOperator, SkipMixin
 
 from hcodec_airflow.failures import task_failures
 from hcodec_airflow.links import REPORT_URL_KEY, ValidationReportLink
-from hcodec_airflow.requests import TokenizeRequest, read_request
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+    from hcodec_airflow.requests import TokenizeRequest
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class DatasetOperator(BaseOperator):
 
     def read_request(self, context: Context) -> TokenizeRequest:
         """The request of this run. Raises ``ConfigError`` naming each wrong entry."""
+        from hcodec_airflow.requests import read_request
+
         return read_request({**self.request, **dict(context["params"])})
 
 

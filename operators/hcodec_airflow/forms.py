@@ -10,7 +10,11 @@ from typing import Any
 
 from airflow.sdk import Param
 
-from hcodec_airflow.requests import MAX_WORKERS, NAME_LENGTH, NAME_PATTERN, URI_PATTERN
+# No two underscores in a row: they part a dataset's name from its encode id in table names.
+NAME_PATTERN = r"^[a-z](_?[a-z0-9])*_?$"
+NAME_LENGTH = 64
+URI_PATTERN = r"^(s3://[^/]+|file:///)"
+MAX_WORKERS = 256
 
 _WHAT = "What"
 _HOW = "How"

@@ -58,7 +58,7 @@ class CodecJobOperator(BaseOperator):
         threads: int | None = None,
         decoders: int | None = None,
         max_restarts: int = 3,
-        lock: dict[str, Any] | str | None = None,
+        lock: Any = None,
         poll_seconds: float = 3.0,
         **kwargs: Any,
     ) -> None:

@@ -28,11 +28,12 @@ from hcodec_airflow.dataset_operators import (
 )
 from hcodec_airflow.forms import FIELDS, RUN_FIELDS, form
 from hcodec_airflow.job_operator import CodecJobOperator
-from hcodec_airflow.requests import DeclaredDataset, check_declaration, read_declarations
 from hcodec_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from airflow.sdk import Asset, Param
+
+    from hcodec_airflow.requests import DeclaredDataset
 
 MANUAL_DAG_ID = "tokenize_corpus"
 MANUAL_ALIAS = "tokenize_corpus"
@@ -122,6 +123,8 @@ def declared_dags(path: Path) -> dict[str, DAG]:
     import error by the file that calls ``refuse_wrong_declarations``. Raises ``ConfigError`` when
     the file is missing or no TOML.
     """
+    from hcodec_airflow.requests import check_declaration, read_declarations
+
     dags = {}
     for name, table in read_declarations(path).items():
         try:
@@ -134,6 +137,8 @@ def declared_dags(path: Path) -> dict[str, DAG]:
 
 def refuse_wrong_declarations(path: Path) -> None:
     """Raise ``ConfigError`` naming file, dataset and entry of every dataset that has no DAG."""
+    from hcodec_airflow.requests import check_declaration, read_declarations
+
     faults = []
     for name, table in read_declarations(path).items():
         try:

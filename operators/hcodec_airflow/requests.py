@@ -9,14 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from hcodec_airflow.forms import MAX_WORKERS, NAME_LENGTH, NAME_PATTERN, URI_PATTERN
 from hcodec_core.config import describe
 from hcodec_core.errors import ConfigError
-
-# No two underscores in a row: they part a dataset's name from its encode id in table names.
-NAME_PATTERN = r"^[a-z](_?[a-z0-9])*_?$"
-NAME_LENGTH = 64
-URI_PATTERN = r"^(s3://[^/]+|file:///)"
-MAX_WORKERS = 256
 
 DatasetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 SourceUri = Annotated[str, StringConstraints(pattern=URI_PATTERN)]

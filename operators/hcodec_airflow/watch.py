@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -140,8 +141,7 @@ class JobWatch:
             if worker.is_alive or worker.exit_code == 0 or key in self._told_ends:
                 continue
             self._told_ends.add(key)
-            code = "by force" if worker.exit_code is None else f"with exit code {worker.exit_code}"
-            logger.warning("Worker %d ended %s; its last lines:", worker.index, code)
+            logger.warning("Worker %d %s; its last lines:", worker.index, _ending(worker.exit_code))
             for line in self._tail(worker):
                 logger.warning("worker %d | %s", worker.index, line)
 
@@ -193,6 +193,12 @@ class JobWatch:
             return None
         # Workers are left alone: the next try adopts them.
         return Verdict(JobState.FAILED, f"{error} It did not answer for ten minutes.")
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code in {None, 128 + signal.SIGKILL}:
+        return "was ended by force (by hand, or by the system for want of memory)"
+    return f"ended with exit code {exit_code}"
 
 
 def readable(line: str) -> str:

@@ -1,0 +1,258 @@
+"""The shipped DAG files in a real Airflow: they parse, are light, and read nothing they should not.
+
+Airflow runs in processes of its own, with a home of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+DAGS = Path(__file__).parents[2] / "dags"
+TASKS = ["lock", "inventory", "plan", "tokenize", "commit", "validate", "publish", "release"]
+HEAVY = {
+    "torch", "torchaudio", "transformers", "boto3", "botocore", "pyiceberg", "duckdb", "obstore",
+    "great_expectations", "kubernetes", "kubernetes_asyncio", "pandas", "pyarrow", "scipy",
+}  # fmt: skip
+DECLARED = """
+[datasets.speech]
+description = "All of it"
+sources = ["s3://audio/speech/"]
+schedule = "@daily"
+workers = 3
+max_bad_share = 0.01
+
+[datasets.by_hand]
+sources = ["s3://audio/other/"]
+"""
+WRONG = """
+[datasets.typo]
+sources = ["s3://audio/other/"]
+worker = 3
+"""
+
+BUDGET = """
+import json, sys, time
+import airflow.sdk
+known = set(sys.modules)
+seen = []
+WATCHED = {"open", "socket.connect", "subprocess.Popen", "os.system"}
+
+def watch(event, args):
+    if event in WATCHED:
+        seen.append((event, str(args[0] if event == "open" else args)))
+
+if sys.argv[1]:
+    # What Airflow itself loads for the first DAG (croniter runs a command) is not ours.
+    with airflow.sdk.DAG("first", schedule="@daily"):
+        airflow.sdk.BaseOperator(task_id="task")
+    sys.addaudithook(watch)
+start = time.process_time()
+import runpy
+for path in sys.argv[2:]:
+    runpy.run_path(path)
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - known), "seen": seen}))
+"""
+
+BAG = """
+import copy, json, sys
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk.exceptions import ParamValidationError
+from airflow.serialization.serialized_objects import DagSerialization
+
+def refusal(dag, conf):
+    params = copy.deepcopy(dag.params)
+    try:
+        params.update(conf)
+        params.validate()
+    except (ParamValidationError, ValueError) as error:
+        return str(error).splitlines()[0]
+
+bag = DagBag(sys.argv[1])
+confs = json.loads(sys.argv[2])
+facts = {"errors": bag.import_errors, "dags": {}, "modules": sorted(sys.modules)}
+for dag_id, dag in bag.dags.items():
+    stored = DagSerialization.deserialize_dag(
+        json.loads(json.dumps(DagSerialization.serialize_dag(dag)))
+    )
+    facts["dags"][dag_id] = {
+        "tasks": [task.task_id for task in dag.topological_sort()],
+        "operators": {task.task_id: task.task_type for task in stored.tasks},
+        "downstream": {task.task_id: sorted(task.downstream_task_ids) for task in stored.tasks},
+        "setups": [task.task_id for task in stored.tasks if task.is_setup],
+        "teardowns": [task.task_id for task in stored.tasks if task.is_teardown],
+        "links": {t.task_id: list(t.extra_links) for t in stored.tasks if t.extra_links},
+        "timeouts": [t.task_id for t in stored.tasks if t.execution_timeout],
+        "params": {name: dag.params.get_param(name).serialize() for name in dag.params},
+        "schedule": str(dag.schedule),
+        "max_active_runs": dag.max_active_runs,
+        "outlets": [type(o).__name__ + " " + o.name for o in dag.get_task("publish").outlets],
+        "refusals": [refusal(dag, conf) for conf in confs],
+        "source": dag.get_task("plan").request,
+    }
+print("FACTS" + json.dumps(facts, default=lambda value: "unset"))
+"""
+
+GOOD = {"source": "s3://audio/demo/", "dataset": "demo"}
+CONFS: list[dict[str, object]] = [
+    GOOD,
+    {"dataset": "demo"},
+    {**GOOD, "workers": "two"},
+    {**GOOD, "workers": 0},
+    {**GOOD, "mode": "quick"},
+    {**GOOD, "source": "/etc"},
+    {**GOOD, "dataset": "De mo"},
+    {**GOOD, "dataset": "a__b"},
+    {**GOOD, "max_bad_share": 2},
+    {**GOOD, "dry_run": "yes"},
+    {**GOOD, "shards": 0},
+    {**GOOD, "shards": 5, "spend_cap": None, "max_hours_per_version": 0.5},
+]
+
+
+def _python(home: Path, *arguments: str) -> str:
+    environment = {
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", *arguments],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _heavy(modules: list[str]) -> list[str]:
+    return sorted(HEAVY & {name.split(".")[0] for name in modules})
+
+
+def _facts(home: Path, folder: Path) -> dict:
+    text = _python(home, BAG, str(folder), json.dumps(CONFS))
+    return json.loads(text.partition("FACTS")[2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The shipped files with two declared datasets."""
+    path = tmp_path_factory.mktemp("dags")
+    for file in DAGS.glob("*.py"):
+        shutil.copy(file, path)
+    (path / "datasets.toml").write_text(DECLARED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory, folder):
+    return _facts(tmp_path_factory.mktemp("home"), folder)
+
+
+def test_shipped_files_parse(tmp_path):
+    facts = _facts(tmp_path, DAGS)
+    assert facts["errors"] == {}
+    assert "tokenize_corpus" in facts["dags"]
+
+
+def test_dags_of_the_form_and_of_the_declarations(facts):
+    assert facts["errors"] == {}
+    assert set(facts["dags"]) == {"tokenize_corpus", "tokenize__speech", "tokenize__by_hand"}
+    assert facts["dags"]["tokenize__speech"]["schedule"] == "@daily"
+    assert facts["dags"]["tokenize__by_hand"]["schedule"] == "None"
+    assert facts["dags"]["tokenize_corpus"]["schedule"] == "None"
+    assert facts["dags"]["tokenize__speech"]["max_active_runs"] == 1
+
+
+def test_tasks_in_order_with_the_lock_around_them(facts):
+    for dag in facts["dags"].values():
+        assert sorted(dag["tasks"]) == sorted(TASKS)
+        assert dag["tasks"][0] == "lock"
+        for task, after in pairwise(TASKS):
+            assert after in dag["downstream"][task]
+        assert dag["setups"] == ["lock"]
+        # A teardown is not what the run's state is taken from: publish is.
+        assert dag["teardowns"] == ["release"]
+        assert dag["downstream"]["publish"] == ["release"]
+        assert dag["links"] == {"validate": ["Validation report"]}
+        assert dag["timeouts"] == []
+        assert dag["operators"]["tokenize"] == "CodecJobOperator"
+
+
+def test_outlets(facts):
+    outlets = {dag_id: dag["outlets"] for dag_id, dag in facts["dags"].items()}
+    assert outlets == {
+        "tokenize_corpus": ["AssetAlias tokenize_corpus"],
+        "tokenize__speech": ["Asset tokens__speech"],
+        "tokenize__by_hand": ["Asset tokens__by_hand"],
+    }
+
+
+def test_every_field_of_the_form_explains_itself(facts):
+    params = facts["dags"]["tokenize_corpus"]["params"]
+    assert list(params)[:3] == ["source", "dataset", "codec"]
+    for name, param in params.items():
+        assert param["schema"]["title"], name
+        assert param["schema"]["section"], name
+        assert len(param["description"]) > 20, name
+    assert {name for name, param in params.items() if param["value"] == "unset"} == {
+        "source",
+        "dataset",
+    }
+
+
+def test_wrong_values_are_refused_by_the_schema(facts):
+    refusals = facts["dags"]["tokenize_corpus"]["refusals"]
+    assert refusals[0] is None
+    assert refusals[-1] is None
+    assert all(refusals[1:-1]), refusals
+    assert "workers" in refusals[2]
+
+
+def test_declared_values_are_fixed_or_defaults(facts):
+    speech = facts["dags"]["tokenize__speech"]
+    assert speech["source"]["sources"] == ["s3://audio/speech/"]
+    assert speech["params"]["workers"]["value"] == 3
+    assert speech["params"]["max_bad_share"]["value"] == 0.01
+    assert not {"source", "dataset", "codec", "mode"} & set(speech["params"])
+
+
+def test_no_heavy_library_is_loaded_by_the_dag_bag(facts):
+    assert _heavy(facts["modules"]) == []
+
+
+def test_parsing_is_quick_and_reads_only_the_declarations(tmp_path, folder):
+    files = sorted(map(str, folder.glob("*.py")))
+    assert len(files) == 3
+    found = json.loads(_python(tmp_path, BUDGET, "watch", *files))
+    assert _heavy(found["modules"]) == []
+    code = (".py", ".pyc", ".so")
+    seen = {text for event, text in found["seen"] if event != "open" or not text.endswith(code)}
+    assert seen == {str(folder / "datasets.toml")}
+    # Processor time, since other processes share the machine.
+    runs = [json.loads(_python(tmp_path, BUDGET, "", *files)) for _ in range(3)]
+    assert min(run["seconds"] for run in runs) < 0.1
+
+
+def test_a_wrong_declaration_stops_no_other_dataset(tmp_path, folder):
+    copy = tmp_path / "dags"
+    shutil.copytree(folder, copy)
+    (copy / "datasets.toml").write_text(DECLARED + WRONG)
+    (tmp_path / "home").mkdir()
+    facts = _facts(tmp_path / "home", copy)
+    assert set(facts["dags"]) == {"tokenize_corpus", "tokenize__speech", "tokenize__by_hand"}
+    ((file, error),) = facts["errors"].items()
+    assert file.endswith("declared_datasets_errors.py")
+    assert "datasets.toml, [datasets.typo]: worker: Extra inputs are not permitted" in error
