@@ -127,10 +127,10 @@ class Codec(nn.Module, ABC):
             ConfigError: Wrong shape, type or length, or samples that are not finite.
             AudioError: A clip is too short to have a frame (reason ``too_short``).
         """
+        spec = self.spec
         _check_audio(audio, num_samples)
         self._check_long_enough(num_samples)
         frames = self.encode_frames(audio, num_samples)
-        spec = self.spec
         return TokenBatch(
             codes={name: _to_int32(codes) for name, codes in frames.codes.items()},
             num_frames=frames.num_frames.cpu().numpy(),

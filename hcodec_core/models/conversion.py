@@ -23,6 +23,19 @@ from hcodec_core.nn.ssl_config import SslConfig
 
 State = dict[str, Tensor]
 _WRAPPERS = ("generator.", "model.", "module.")
+# What the restricted unpickler raises on bytes that are no checkpoint is not documented; seen are
+# all of these.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 _POSITIONAL = "encoder.pos_conv_embed.conv"
 
 
@@ -192,7 +205,7 @@ def _load(path: Path) -> Mapping[str, Any]:
                 loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}.") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"{path.name} cannot be read as a checkpoint without running code from it "
             f"({type(error).__name__})."

@@ -62,11 +62,7 @@ def load_codec(
         codec = build_codec(manifest.family, manifest.architecture)
     _check_state(state, codec.state_dict(), manifest.name)
     codec.load_state_dict(state, assign=True)
-    if part_digests(codec) != manifest.parts:
-        raise CheckpointError(
-            f"The parts of codec {manifest.name} do not have the digests of its {MANIFEST_FILE}: "
-            "the manifest was edited, or was written by another version; convert it again."
-        )
+    _check_facts(codec, manifest)
     return codec.requires_grad_(False).to(device).eval().bind(CodecSpec(manifest, settings))
 
 
@@ -184,6 +180,22 @@ def _check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], na
                 f"expected {wanted.dtype} {tuple(wanted.shape)}."
             )
     _check_finite(found, name)
+
+
+def _check_facts(codec: Codec, manifest: CodecManifest) -> None:
+    """What the manifest repeats of tensors and architecture must be what they say."""
+    card = CodecCard(
+        manifest.name, manifest.is_trained, manifest.weights_licence, source=manifest.source
+    )
+    found = describe_codec(codec, card, manifest.weights_sha256).model_dump(mode="json")
+    stated = manifest.model_dump(mode="json")
+    # The architecture may lack fields that came later; the parts' digests cover what matters.
+    wrong = [key for key in stated if key != "architecture" and stated[key] != found[key]]
+    if wrong:
+        raise CheckpointError(
+            f"{wrong[0]} in {MANIFEST_FILE} of codec {manifest.name} is not what its weights and "
+            "architecture give: it was edited, or written by another version; convert it again."
+        )
 
 
 def _check_finite(state: Mapping[str, Tensor], name: str) -> None:

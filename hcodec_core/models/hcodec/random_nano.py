@@ -37,12 +37,12 @@ def write_random_nano(folder_path: Path) -> CodecManifest:
     return save_codec(codec, card, folder_path)
 
 
-def random_codec(config: HCodecConfig, seed: int) -> HCodec:
+def random_codec(config: HCodecConfig, seed: int, num_clips: int = _NUM_CLIPS) -> HCodec:
     """An untrained codec whose codes vary: see the module."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         codec = HCodec(config).eval()
-        audio = synthetic_audio(_NUM_CLIPS, _CLIP_SECONDS, config.sample_rate)
+        audio = synthetic_audio(num_clips, _CLIP_SECONDS, config.sample_rate)
         audio = audio[:, None, : audio.shape[1] // config.hop_length * config.hop_length]
         _standardise_latents(codec, audio)
         latents, _ = codec.embed(audio, torch.full((len(audio),), audio.shape[2]))
