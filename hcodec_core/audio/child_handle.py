@@ -40,18 +40,27 @@ class ChildHandle:
         return self._process.pid if self._process else None
 
     def ask(self, path: Path) -> None:
-        """Have ``path`` decoded, in a new process if there is none or it died while idle."""
+        """Have ``path`` decoded, in a new process if there is none or it died while idle.
+
+        Raises ``HCodecError`` when processes do not start or end before they take work.
+        """
         for _ in range(_MAX_STARTS):
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            assert self._process is not None
-            assert self._process.stdin is not None
             try:
-                send(self._process.stdin, Kind.DECODE, os.fsencode(path.absolute()))
+                self._hand_over(path)
                 return
-            except BrokenPipeError:
+            except (BrokenPipeError, ChildDiedError, ChildHungError):
                 self.kill()
-        raise HCodecError("A decoder process ends before it takes work: see its last words above.")
+        raise HCodecError(
+            "Decoder processes end before they take work: see their last words above."
+        )
+
+    def _hand_over(self, path: Path) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        send(self._process.stdin, Kind.DECODE, os.fsencode(path.absolute()))
+        self.receive(_STARTUP_SECONDS)
 
     def receive(self, timeout_seconds: float) -> tuple[Kind, bytearray]:
         """Next message. Raises ``ChildDiedError``, or ``ChildHungError`` after a silence."""

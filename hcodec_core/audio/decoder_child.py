@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
         settings = DecodeSettings(**json.loads(options.settings))
         send(replies, Kind.READY)
         while True:
-            _serve(Path(os.fsdecode(requests.get())), settings, replies)
+            path = Path(os.fsdecode(requests.get()))
+            send(replies, Kind.BEGUN)
+            _serve(path, settings, replies)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -21,6 +21,7 @@ class Kind(Enum):
 
     DECODE = b"D"  # to the child: a path, in the bytes of the file system
     READY = b"R"  # nothing; the child can take requests
+    BEGUN = b"S"  # nothing; the request was taken up: what happens now is the file's doing
     BLOCK = b"B"  # running sha256 (32 bytes), then float32 samples in native order
     INFO = b"I"  # JSON of DecodedInfo: the file is complete
     REFUSED = b"E"  # JSON {"reason", "message"} of an AudioError

@@ -211,6 +211,27 @@ def test_no_flipped_byte_changes_samples_silently(tmp_path: Path, file: str) -> 
     assert num_refused > 40
 
 
+@pytest.mark.parametrize(
+    ("file", "encoding"),
+    [("a.wav", "PCM_16"), ("a.aiff", "PCM_16"), ("a.flac", "PCM_16"), ("a.ogg", "VORBIS")],
+)
+def test_a_container_without_samples_is_empty(tmp_path: Path, file: str, encoding: str) -> None:
+    path = tmp_path / file
+    with soundfile.SoundFile(path, "w", 16_000, 1, subtype=encoding):
+        pass
+    assert reason_of(path) is QuarantineReason.EMPTY
+
+
+def test_fewer_samples_than_promised_are_seen_after_decoding(tmp_path: Path) -> None:
+    data = bytearray((CLIPS / "swahili/habari.aiff").read_bytes())
+    count_at = data.index(b"COMM") + 10
+    num_frames = int.from_bytes(data[count_at : count_at + 4], "big")
+    data[count_at : count_at + 4] = (num_frames + 1).to_bytes(4, "big")
+    path = tmp_path / "more.aiff"
+    path.write_bytes(data)
+    assert reason_of(path) is QuarantineReason.TRUNCATED
+
+
 def test_flipped_flac_is_damaged_and_cut_flac_is_truncated(tmp_path: Path) -> None:
     data = bytearray((CLIPS / "german/Grüße.flac").read_bytes())
     path = tmp_path / "damaged"

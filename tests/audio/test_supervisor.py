@@ -272,6 +272,14 @@ def test_closing_ends_streams_waiters_and_processes(long_file: Path) -> None:
     assert psutil.Process().children() == []
 
 
+def test_an_idle_pool_closes_at_once() -> None:
+    """Its process ends by itself when its input is closed."""
+    with DecoderPool(1, SETTINGS) as pool:
+        assert len(collected(pool.decode(CLIPS / "short/blip.wav"))) == 3200
+        start = time.monotonic()
+    assert time.monotonic() - start < 1.5
+
+
 # Parents ----------------------------------------------------------------------------------------
 
 PARENT = """
