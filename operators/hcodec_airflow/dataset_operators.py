@@ -153,8 +153,8 @@ class PlanOperator(DatasetOperator, SkipMixin):
         return plan
 
 
-class _PlanStepOperator(DatasetOperator):
-    """Base of the operators that work on a plan.
+class CommitOperator(DatasetOperator):
+    """Registers the plan's results on a branch of their own; returns snapshot and counts.
 
     Args:
         plan: What the plan task returned (templated).
@@ -167,44 +167,66 @@ class _PlanStepOperator(DatasetOperator):
         super().__init__(**kwargs)
         self.plan = plan
 
-
-class CommitOperator(_PlanStepOperator):
-    """Registers the plan's results on a branch of their own; returns snapshot and counts."""
-
     def step(self, context: Context) -> dict[str, Any]:
         """See the class."""
         from hcodec_airflow import steps
 
-        return steps.commit(self.plan)
+        return steps.commit(self.plan["plan_uri"])
 
 
-class ValidateOperator(_PlanStepOperator):
-    """Checks the committed snapshot; a failure drops the branch and names what is wrong."""
+class ValidateOperator(DatasetOperator):
+    """Checks the committed snapshot; returns the report's URI.
 
-    operator_extra_links = (ValidationReportLink(),)
+    A snapshot that fails loses its branch, so nothing of it can be published; the task fails
+    naming files and checks, and its button still leads to the report.
 
-    def step(self, context: Context) -> dict[str, Any]:
-        """See the class."""
-        from hcodec_airflow import steps
-
-        report = steps.validate(self.plan)
-        context["ti"].xcom_push(key=REPORT_URL_KEY, value=report["report_url"])
-        steps.refuse_invalid(self.plan, report)
-        return report
-
-
-class PublishOperator(_PlanStepOperator):
-    """Lets readers see the validated snapshot; the dataset's asset gets an event.
-
-    The event's ``extra`` and what the task returns: dataset, version, files, rows, audio hours and
-    snapshot id.
+    Args:
+        committed: What the commit task returned (templated).
     """
 
+    template_fields: Sequence[str] = ("committed",)
+    operator_extra_links = (ValidationReportLink(),)
+
+    def __init__(self, *, committed: Any, **kwargs: Any) -> None:
+        """Keep where the commit's description comes from."""
+        super().__init__(**kwargs)
+        self.committed = committed
+
+    def step(self, context: Context) -> str:
+        """See the class."""
+        from hcodec_airflow import steps
+
+        report = steps.validate(self.committed)
+        context["ti"].xcom_push(key=REPORT_URL_KEY, value=report.url)
+        if report.failure is not None:
+            raise report.failure
+        return report.uri
+
+
+class PublishOperator(DatasetOperator):
+    """Lets readers see the validated snapshot; the dataset's asset gets an event.
+
+    Returns dataset, version, numbers of files and rows, snapshot id and the like; the same is the
+    event's ``extra``.
+
+    Args:
+        committed: What the commit task returned (templated).
+        report_uri: What the validate task returned (templated).
+    """
+
+    template_fields: Sequence[str] = ("committed", "report_uri")
+
+    def __init__(self, *, committed: Any, report_uri: Any, **kwargs: Any) -> None:
+        """Keep where the descriptions come from."""
+        super().__init__(**kwargs)
+        self.committed = committed
+        self.report_uri = report_uri
+
     def step(self, context: Context) -> dict[str, Any]:
         """See the class."""
         from hcodec_airflow import steps
 
-        version = steps.publish(self.plan)
+        version = steps.publish(self.committed, self.report_uri)
         self._tell(context, version)
         return version
 

@@ -85,8 +85,13 @@ def tokenize_dag(
             lock=lock.output,
         )
         commit = CommitOperator(task_id="commit", plan=plan.output)
-        validate = ValidateOperator(task_id="validate", plan=plan.output)
-        publish = PublishOperator(task_id="publish", plan=plan.output, outlets=[outlet])
+        validate = ValidateOperator(task_id="validate", committed=commit.output)
+        publish = PublishOperator(
+            task_id="publish",
+            committed=commit.output,
+            report_uri=validate.output,
+            outlets=[outlet],
+        )
         release = ReleaseLockOperator(task_id="release", lock=lock.output)
         release.as_teardown(setups=lock)
         lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release

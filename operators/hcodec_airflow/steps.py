@@ -7,19 +7,29 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hcodec_airflow.requests import TokenizeRequest
 from hcodec_airflow.settings import Settings, read_settings
-from hcodec_core.errors import ConfigError, ObjectMissingError
+from hcodec_core.errors import (
+    CommitConflictError,
+    ConfigError,
+    HCodecError,
+    ObjectMissingError,
+)
 
 if TYPE_CHECKING:
     from hcodec_core.config import Config
     from hcodec_core.dataset.plan import Plan, PlanRequest
+    from hcodec_core.dataset.versions import VersionRecord
     from hcodec_core.storage import Storage
 
 logger = logging.getLogger(__name__)
 _PROBE_SECONDS = 300
+_PUBLISH_TRIES = 3
 
 
 def inventory(request: TokenizeRequest, run: str) -> dict[str, Any]:
@@ -66,13 +76,15 @@ def plan(request: TokenizeRequest, inventory_uri: str) -> dict[str, Any]:
         logger.info("Nothing new: dataset %s is up to date.", made.dataset)
     elif request.dry_run:
         logger.info("Dry run: nothing is encoded.")
+    ends_run = made.is_empty or request.dry_run
     return {
         "plan_id": made.plan_id,
         "plan_uri": made.plan_uri,
-        "job_uri": join_uri(made.plan_uri, JOB_FILE),
+        # Nothing was written for a plan that ends the run.
+        "job_uri": "" if ends_run else join_uri(made.plan_uri, JOB_FILE),
         "dataset": made.dataset,
         "outcome": _plan_outcome(made, request),
-        "ends_run": made.is_empty or request.dry_run,
+        "ends_run": ends_run,
         "num_files": made.num_files,
         "num_tombstones": made.num_tombstones,
         "num_shards": made.num_shards,
@@ -138,6 +150,102 @@ def _plan_request(
         spend_cap=request.spend_cap,
         bad_files=BadFileBudget(max_share=request.max_bad_share),
     )
+
+
+def commit(plan_uri: str) -> dict[str, Any]:
+    """Register the results of a plan on a branch of their own."""
+    from hcodec_core.dataset.commit import commit_plan
+
+    config, storage = _open(read_settings())
+    info = commit_plan(config, storage, plan_uri)
+    counts = info.counts
+    logger.info(
+        "Snapshot %d on branch %s: %d files with tokens, %d rows removed, %d rows in all; %s",
+        info.snapshot_id,
+        info.branch,
+        counts.num_rows,
+        counts.num_rows_removed,
+        counts.num_total_rows,
+        ", ".join(f"{number} {name}" for name, number in sorted(counts.outcomes.items())),
+    )
+    return info.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a validation's report lies, and the error it amounts to (None: it passed)."""
+
+    uri: str
+    url: str
+    failure: HCodecError | None
+
+
+def validate(committed: dict[str, Any]) -> Report:
+    """Check a committed snapshot; one that fails loses its branch, the evidence stays."""
+    from hcodec_core.dataset.checks import failure_of, validate_plan
+    from hcodec_core.dataset.commit import CommitInfo
+    from hcodec_core.dataset.versions import drop_branch
+
+    settings = read_settings()
+    config, storage = _open(settings)
+    info = CommitInfo.model_validate(committed)
+    with tempfile.TemporaryDirectory(prefix="hcodec-validate-") as folder:
+        result = validate_plan(config, storage, info, Path(folder))
+    for check in [*result.failed("error"), *result.failed("warning")]:
+        logger.warning("%s: does not hold: %s", check.severity, check.title)
+        for example in check.examples:
+            logger.warning("    %s", example)
+    failure = failure_of(result)
+    if failure is not None and not info.version:
+        rejection = drop_branch(config, storage, info.plan_uri, str(failure))
+        logger.info("Branch %s is dropped; tag %s keeps its rows.", info.branch, rejection.tag)
+    url = settings.browser_url(result.report_uri)
+    logger.info("%d checks; report: %s", len(result.checks), url)
+    return Report(result.report_uri, url, failure)
+
+
+def publish(committed: dict[str, Any], report_uri: str) -> dict[str, Any]:
+    """Make the validated snapshot the next version.
+
+    When another version came first, the plan is committed on top of it and validated once more.
+    """
+    from hcodec_core.dataset import versions
+
+    config, storage = _open(read_settings())
+    for _ in range(_PUBLISH_TRIES):
+        plan_uri, snapshot_id = committed["plan_uri"], committed["snapshot_id"]
+        try:
+            record = versions.publish(config, storage, plan_uri, snapshot_id, report_uri)
+        except CommitConflictError as error:
+            logger.warning("%s Doing so now.", error)
+            committed = commit(plan_uri)
+            report = validate(committed)
+            if report.failure is not None:
+                raise report.failure from error
+            report_uri = report.uri
+            continue
+        logger.info("Dataset %s is now at version %s.", record.dataset, record.version)
+        return _facts_of(record)
+    raise CommitConflictError("Other versions were published first again and again; try again.")
+
+
+def _facts_of(record: VersionRecord) -> dict[str, Any]:
+    """What users of a dataset want to know of its new version."""
+    return {
+        "dataset": record.dataset,
+        "version": record.version,
+        "previous_version": record.previous_version,
+        "table": record.table,
+        "snapshot_id": record.snapshot_id,
+        "encode_id": record.encode_id,
+        "plan_id": record.plan_id,
+        "num_files": record.counts.num_rows,
+        "num_rows": record.counts.num_total_rows,
+        "audio_hours": round(record.counts.audio_seconds / 3600, 4),
+        "outcomes": record.counts.outcomes,
+        "num_remaining_files": record.num_remaining_files,
+        "report_uri": record.report_uri,
+    }
 
 
 def compute_class(settings: Settings) -> str:

@@ -6,7 +6,9 @@ themselves are tested with the real command in ``test_pipeline.py``.
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,9 @@ from hcodec_airflow.backends.base import JobRequest
 from hcodec_airflow.backends.local import LocalBackend
 from hcodec_core.config import StorageConfig
 from hcodec_core.storage import Storage, open_storage
+
+# Airflow reads it when it is first imported, and would write into the user's home otherwise.
+os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="hcodec-airflow-"))
 
 
 class ScriptedBackend(LocalBackend):

@@ -1,0 +1,301 @@
+"""The job operator and its trigger, from ``execute`` through the deferral to the result."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+
+from hcodec_airflow.backends import processes
+from hcodec_airflow.backends.base import Phase
+from hcodec_airflow.backends.local import LocalBackend, open_backend
+from hcodec_airflow.job_operator import CodecJobOperator
+from hcodec_airflow.settings import read_settings
+from hcodec_airflow.triggers import CodecJobTrigger, request_from
+from hcodec_core.jobs import TokenizeJob
+from hcodec_core.tokens import CodecManifest, EncodeSettings, PartDigests, StreamSpec
+
+FINISH = """
+import pathlib, sys
+plan = pathlib.Path(sys.argv[2])
+for folder, name, text in (
+    ("results", f"s{sys.argv[1]}.json", "{}"),
+    ("workers", f"w{sys.argv[1]}.json", sys.argv[3]),
+):
+    (plan / folder).mkdir(exist_ok=True)
+    (plan / folder / name).write_text(text)
+"""
+HEARTBEAT = (
+    '{"worker_id": "w", "plan_id": "p1", "sequence": 1, "phase": "encode", "num_files": 2,'
+    ' "audio_seconds": 1.5, "num_tokens": 75}'
+)
+SLEEP = "import time; time.sleep(60)"
+
+
+def _manifest() -> CodecManifest:
+    return CodecManifest(
+        name="c",
+        family="hcodec",
+        sample_rate=16000,
+        hop_length=320,
+        streams=(StreamSpec(name="fused", num_codebooks=1, codebook_size=16),),
+        architecture={},
+        parts=PartDigests(encoder="e", codebooks="b", decoder="d"),
+        weights_sha256="0",
+        is_trained=False,
+        num_parameters=1,
+        weights_licence="none",
+    )
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, storage):
+    """A job document on local files, with Airflow configured to find them."""
+    folder = tmp_path / "plan"
+    config = tmp_path / "hcodec.toml"
+    config.write_text(
+        f'[access]\nsource_prefixes = ["file://{tmp_path}"]\n'
+        f'destination_prefixes = ["file://{tmp_path}"]\n'
+        f'[catalog]\nuri = "sqlite:///{tmp_path}/c.db"\nwarehouse_uri = "file://{tmp_path}/wh"\n'
+        f'[work]\nwork_uri = "file://{tmp_path}/work"\n'
+    )
+    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(config))
+    monkeypatch.setenv("AIRFLOW__HCODEC__LOCAL_STATE_DIR", str(tmp_path / "state"))
+    job = TokenizeJob(
+        plan_id="p1",
+        dataset="demo",
+        plan_uri=f"file://{folder}",
+        data_uri=f"file://{folder}/data",
+        codec_uri="hcodec-nano",
+        manifest=_manifest(),
+        settings=EncodeSettings(compute_class="cpu"),
+        encode_id="e",
+        num_shards=2,
+        num_files=4,
+        num_bytes=100,
+    )
+    storage.write(f"{job.plan_uri}/job.json", job.model_dump_json().encode())
+    return job
+
+
+@pytest.fixture
+def run_script(monkeypatch, job):
+    """Let workers run a script; ends those that are left."""
+
+    def set_script(script):
+        import sys
+
+        def command(self, request, folder, index):
+            plan_path = request.plan_uri.removeprefix("file://")
+            return [sys.executable, "-c", script, str(index), plan_path, HEARTBEAT]
+
+        monkeypatch.setattr(LocalBackend, "_command", command)
+
+    yield set_script
+    for path in (processes.Path(job.plan_uri.removeprefix("file://")) / "backend").glob("*.json"):
+        workers = json.loads(path.read_text())["workers"]
+        groups = [processes.ProcessGroup(w["pid"], w["started_at"]) for w in workers]
+        processes.stop(groups, grace_seconds=0)
+
+
+def _context(try_id="try-1"):
+    task = SimpleNamespace(id=try_id, dag_id="d", run_id="r", task_id="tokenize", map_index=-1)
+    return {"ti": task}
+
+
+def _operator(job, **options):
+    return CodecJobOperator(task_id="tokenize", job=f"{job.plan_uri}/job.json", **options)
+
+
+def _defer(operator, context) -> TaskDeferred:
+    with pytest.raises(TaskDeferred) as caught:
+        operator.execute(context)
+    return caught.value
+
+
+def _rebuilt(trigger) -> CodecJobTrigger:
+    """The trigger as another process makes it from what Airflow stored."""
+    path, kwargs = trigger.serialize()
+    assert path == "hcodec_airflow.triggers.CodecJobTrigger"
+    return CodecJobTrigger(**json.loads(json.dumps(kwargs)))
+
+
+async def _event(trigger):
+    return (await anext(trigger.run())).payload
+
+
+def _observe(trigger):
+    return open_backend(read_settings()).observe(request_from(trigger.request))
+
+
+async def test_done(job, run_script):
+    run_script(FINISH)
+    operator = _operator(job, workers="2", poll_seconds=0.1)
+    deferred = _defer(operator, _context())
+    assert deferred.timeout is None
+    event = await _event(_rebuilt(deferred.trigger))
+    assert event["state"] == "done"
+    result = getattr(operator, deferred.method_name)(_context(), event=event, **deferred.kwargs)
+    assert result["job_uri"] == f"{job.plan_uri}/job.json"
+    assert (result["num_shards_done"], result["num_files"]) == (2, 4)
+    assert (result["audio_seconds"], result["num_tokens"]) == (3.0, 150)
+    assert len(json.dumps(result)) < 500
+
+
+async def test_refused_job_is_not_retried(job, run_script):
+    run_script("import sys; print('hcodec: No such device.'); sys.exit(43)")
+    operator = _operator(job, poll_seconds=0.1)
+    deferred = _defer(operator, _context())
+    event = await _event(_rebuilt(deferred.trigger))
+    with pytest.raises(AirflowFailException, match=r"Worker \d refused the job: No such device\."):
+        operator.execute_complete(_context(), event=event, **deferred.kwargs)
+
+
+async def test_workers_that_fail_are_retried(job, run_script):
+    run_script("raise SystemExit(1)")
+    operator = _operator(job, max_restarts=0, poll_seconds=0.1)
+    deferred = _defer(operator, _context())
+    event = await _event(_rebuilt(deferred.trigger))
+    with pytest.raises(AirflowException, match="2 of 2 shards pending") as caught:
+        operator.execute_complete(_context(), event=event, **deferred.kwargs)
+    assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_never_more_workers_than_shards(job, run_script):
+    run_script(SLEEP)
+    deferred = _defer(_operator(job, workers=5), _context())
+    assert len(_observe(deferred.trigger).workers) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"workers": "many"}, "workers is 'many'"),
+        ({"workers": 0}, "workers is 0"),
+        ({"backend": "kubernetes"}, "There is no backend 'kubernetes'"),
+        ({"executor": "CeleryExecutor"}, "cannot run under CeleryExecutor"),
+    ],
+)
+def test_wrong_use_is_refused_with_a_sentence(job, run_script, options, fault):
+    run_script(SLEEP)
+    with pytest.raises(AirflowFailException, match=fault):
+        _operator(job, **options).execute(_context())
+
+
+def test_missing_configuration_names_the_option(job, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", "")
+    with pytest.raises(AirflowFailException, match="AIRFLOW__HCODEC__CONFIG_FILE"):
+        _operator(job).execute(_context())
+
+
+def test_operator_on_kill_stops_what_it_started(job, run_script):
+    run_script(SLEEP)
+    operator = _operator(job)
+    deferred = _defer(operator, _context())
+    assert _observe(deferred.trigger).phase is Phase.RUNNING
+    operator.on_kill()
+    assert _observe(deferred.trigger).phase is Phase.KILLED
+
+
+@pytest.fixture
+def on_kill(monkeypatch, job, run_script):
+    """Runs a trigger's ``on_kill`` while Airflow says that the task is in ``state``."""
+    run_script(SLEEP)
+    deferred = _defer(_operator(job), _context())
+
+    async def run(state, key="tokenize", map_index=-1):
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        def states(**asked):
+            assert asked == {
+                "dag_id": "d", "task_ids": ["tokenize"], "run_ids": ["r"], "map_index": map_index,
+            }  # fmt: skip
+            if isinstance(state, Exception):
+                raise state
+            return {"r": {key: state}}
+
+        monkeypatch.setattr(RuntimeTaskInstance, "get_task_states", staticmethod(states))
+        trigger = _rebuilt(deferred.trigger)
+        trigger.task_instance = SimpleNamespace(
+            **{**vars(_context()["ti"]), "map_index": map_index}
+        )
+        await trigger.on_kill()
+        return _observe(trigger).phase
+
+    return run
+
+
+async def test_trigger_taken_by_another_triggerer_kills_nothing(on_kill):
+    assert await on_kill("deferred") is Phase.RUNNING
+    assert await on_kill("deferred", key="tokenize_3", map_index=3) is Phase.RUNNING
+
+
+async def test_marked_or_cleared_task_stops_its_workers(on_kill):
+    assert await on_kill("failed") is Phase.KILLED
+
+
+async def test_cleared_task_has_no_state(on_kill):
+    assert await on_kill(None) is Phase.KILLED
+
+
+async def test_unknown_state_kills_nothing(on_kill):
+    with pytest.raises(RuntimeError):
+        await on_kill(RuntimeError("API server is gone"))
+    assert await on_kill("deferred") is Phase.RUNNING
+
+
+async def test_late_on_kill_spares_the_workers_of_a_newer_try(on_kill, job):
+    _defer(_operator(job), _context("try-2"))
+    assert await on_kill("running") is Phase.RUNNING
+
+
+async def test_cancelled_trigger_leaves_the_workers(job, run_script):
+    """A triggerer that shuts down cancels its triggers; the next one finds the workers."""
+    run_script(SLEEP)
+    deferred = _defer(_operator(job, poll_seconds=0.05), _context())
+    waiting = asyncio.ensure_future(_event(_rebuilt(deferred.trigger)))
+    await asyncio.sleep(0.5)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    observation = _observe(deferred.trigger)
+    assert observation.num_alive == 2
+    assert [worker.num_starts for worker in observation.workers] == [1, 1]
+
+
+async def test_trigger_does_not_block_the_event_loop(job, run_script, monkeypatch):
+    run_script(SLEEP)
+    deferred = _defer(_operator(job, poll_seconds=0.05), _context())
+    waiting = asyncio.ensure_future(_event(_rebuilt(deferred.trigger)))
+    longest = 0.0
+    loop = asyncio.get_running_loop()
+    for _ in range(40):
+        before = loop.time()
+        await asyncio.sleep(0.02)
+        longest = max(longest, loop.time() - before - 0.02)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert longest < 0.5
+
+
+async def test_progress_is_in_the_log(job, run_script, caplog):
+    caplog.set_level(logging.INFO)
+    run_script(FINISH + "\nimport time; time.sleep(1.0)")
+    deferred = _defer(_operator(job, poll_seconds=0.1), _context())
+    await _event(_rebuilt(deferred.trigger))
+    text = caplog.text
+    assert "Job tokenize-p1: submitted to backend local" in text
+    assert "Job tokenize-p1: running (2/2)" in text
+    assert "running 2/2 workers, shards 0/2, files 0/4" in text
+    assert "Job tokenize-p1: done" in text
+
+
+def test_few_parameters():
+    import inspect
+
+    assert len(inspect.signature(CodecJobOperator.__init__).parameters) < 20
