@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from hcodec_core.config import Config
 from hcodec_core.dataset.expectations import Rule, judge, page_of
 from hcodec_core.dataset.facts import Faults, RowReader, SnapshotFacts
+from hcodec_core.dataset.layout import DatasetLayout
+from hcodec_core.dataset.plan_documents import BadFileBudget, read_plan
 from hcodec_core.dataset.report import (
     PAGE_FILE,
     WITHOUT_TOKENS_FILE,
@@ -28,11 +32,17 @@ from hcodec_core.dataset.report import (
     upload_report,
     write_report,
 )
-from hcodec_core.dataset.rules import Budget, Thresholds, rules_of
+from hcodec_core.dataset.rules import Thresholds, rules_of
 from hcodec_core.dataset.summary import CodebookUse, SnapshotSummary, summary_of
+from hcodec_core.dataset.table import catalog_errors, load_table
 from hcodec_core.errors import BudgetExceededError, HCodecError, ValidationFailedError
-from hcodec_core.jobs import Outcome, TokenizeJob
+from hcodec_core.jobs import JOB_FILE, Outcome, TokenizeJob, read_job
 from hcodec_core.storage import Storage, join_uri
+
+if TYPE_CHECKING:
+    from pyiceberg.table import Table
+
+    from hcodec_core.dataset.commit import CommitInfo
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +51,72 @@ _NUM_LISTED_FILES = 500  # files without tokens on the page; all of them are in 
 _CODES_PER_ENTRY = 20  # fewer codes than this per entry say little about a codebook's use
 _JUDGED_CODES = 1000  # fewer codes than this say nothing at all
 _BUDGET_CHECKS = frozenset({"bad_file_share", "bad_file_count"})
+_FILES_AT_ONCE = 4
 _MOVED = (Outcome.CHANGED, Outcome.DELETED)
 
 
 @dataclass(frozen=True)
 class SnapshotName:
-    """A snapshot of a token table and the branch that holds it."""
+    """A snapshot of a token table, its branch, and how many rows its commit counted, if known."""
 
     snapshot_id: int
     branch: str
+    num_rows: int | None = None
+
+
+def validate_plan(
+    config: Config,
+    storage: Storage,
+    commit: CommitInfo,
+    work_path: Path,
+    thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen
+) -> ValidationResult:
+    """Check what a plan committed, within the plan's own budget for bad files.
+
+    ``work_path``: existing local folder for scratch and for the report. The report is uploaded
+    below ``report_prefix_uri``. Raises ``AccessError`` when that is no allowed destination,
+    ``StorageError`` when storage or catalog fail; see ``validate_snapshot``.
+    """
+    job = read_job(storage.read(join_uri(commit.plan_uri, JOB_FILE)))
+    prefix_uri = report_prefix_uri(config, job)
+    config.check_destination(prefix_uri)
+    table = load_table(DatasetLayout(config, job.dataset, job.encode_id))
+    return validate_snapshot(
+        storage,
+        job,
+        SnapshotName(commit.snapshot_id, commit.branch, commit.counts.num_total_rows),
+        rows_of_snapshot(table, commit.snapshot_id),
+        read_plan(storage, commit.plan_uri).bad_files,
+        prefix_uri,
+        work_path,
+        thresholds,
+    )
+
+
+def report_prefix_uri(config: Config, job: TokenizeJob) -> str:
+    """Folder of the report of a plan."""
+    return join_uri(config.work.work_uri, "datasets", job.dataset, "reports", job.plan_id)
+
+
+def rows_of_snapshot(table: Table, snapshot_id: int) -> RowReader:
+    """Reader of a snapshot's rows that holds a few data files in memory, whatever the table.
+
+    Raises ``StorageError`` while reading when storage fails.
+    """
+    from pyiceberg.io.pyarrow import ArrowScan
+
+    def rows(columns: Sequence[str], data_uris: Collection[str] | None) -> Iterator[pa.RecordBatch]:
+        with catalog_errors(f"reading snapshot {snapshot_id}"):
+            scan = table.scan(snapshot_id=snapshot_id, selected_fields=tuple(columns))
+            tasks = list(scan.plan_files())
+            if data_uris is not None:
+                tasks = [task for task in tasks if task.file.file_path in data_uris]
+            # pyiceberg's own reader of a scan runs ahead of its consumer through all files.
+            reader = ArrowScan(table.metadata, table.io, scan.projection(), scan.row_filter)
+            for start in range(0, len(tasks), _FILES_AT_ONCE):
+                yield from reader.to_record_batches(tasks[start : start + _FILES_AT_ONCE])
+
+    return rows
 
 
 def validate_snapshot(
@@ -57,14 +124,14 @@ def validate_snapshot(
     job: TokenizeJob,
     snapshot: SnapshotName,
     rows: RowReader,
-    budget: Budget,
+    budget: BadFileBudget,
     report_prefix_uri: str,
     work_path: Path,
     thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen
 ) -> ValidationResult:
     """Check the rows of ``job`` in a snapshot; upload the report below ``report_prefix_uri``.
 
-    ``rows(columns, plan_id)`` gives batches of the snapshot's rows. ``work_path``: existing local
+    ``rows(columns, data_uris)`` gives batches of the snapshot's rows. ``work_path``: existing local
     folder for scratch and for the report (``report/index.html``). A snapshot that does not pass is
     a result, not an error: see ``raise_if_failed``. Raises ``StorageError`` when storage fails.
     """
@@ -74,7 +141,7 @@ def validate_snapshot(
     rules = rules_of(job, budget, thresholds)
     with SnapshotFacts(job, work_path) as facts:
         facts.gather(storage, rows)
-        findings = _judge(facts, rules, report_path, f"snapshot-{snapshot.snapshot_id}")
+        findings = _judge(facts, rules, report_path, snapshot)
         listed = facts.without_tokens((Outcome.QUARANTINED, *_MOVED), _NUM_LISTED_FILES)
         facts.write_files_without_tokens(report_path / WITHOUT_TOKENS_FILE)
     result = _result(job, snapshot, findings, report_prefix_uri, report_path)
@@ -96,15 +163,15 @@ class _Findings:
 
 
 def _judge(
-    facts: SnapshotFacts, rules: Sequence[Rule], report_path: Path, run_name: str
+    facts: SnapshotFacts, rules: Sequence[Rule], report_path: Path, snapshot: SnapshotName
 ) -> _Findings:
     summary = summary_of(facts)
     frames = {
         "shards": facts.faults_by_shard(),
-        "version": _version_frame(facts.job, summary),
+        "version": _version_frame(facts.job, summary, snapshot),
         "codebooks": _codebook_frame(summary),
     }
-    verdicts = judge(frames, rules, report_path, run_name)
+    verdicts = judge(frames, rules, report_path, f"snapshot-{snapshot.snapshot_id}")
     checks = []
     for rule in rules:
         values = [v for v in frames[rule.frame][rule.name].to_pylist() if v is not None]
@@ -113,9 +180,11 @@ def _judge(
     return _Findings(summary, frames, checks, facts.faulty_files(_NUM_EXAMPLES))
 
 
-def _version_frame(job: TokenizeJob, summary: SnapshotSummary) -> pa.Table:
+def _version_frame(job: TokenizeJob, summary: SnapshotSummary, snapshot: SnapshotName) -> pa.Table:
+    counted = snapshot.num_rows
     numbers = {
         "plan_is_whole": abs(summary.num_files - job.num_files),
+        "snapshot_is_whole": None if counted is None else abs(summary.num_snapshot_rows - counted),
         "accounts_add_up": summary.num_unaccounted,
         "bad_file_share": summary.bad_share,
         "bad_file_count": summary.num_quarantined,

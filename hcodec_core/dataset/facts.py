@@ -7,16 +7,16 @@ stays bounded whatever the size of the plan or the table; codes are counted as t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import ValidationError
 
-from hcodec_core.config import describe
+from hcodec_core.dataset.plan_documents import TOMBSTONES_FILE
+from hcodec_core.dataset.results import read_result, result_uri
 from hcodec_core.dataset.rowfacts import (
     CodeCounter,
     flag_columns,
@@ -24,18 +24,21 @@ from hcodec_core.dataset.rowfacts import (
     row_facts,
     slices,
 )
-from hcodec_core.errors import ObjectMissingError
+from hcodec_core.errors import ConfigError, ObjectMissingError
 from hcodec_core.jobs import FILES_FILE, ShardResult, TokenizeJob
 from hcodec_core.storage import Storage, join_uri
 
-# Batches of the rows of a snapshot: (columns, plan_id, or None for the rows of every plan).
-RowReader = Callable[[Sequence[str], str | None], Iterable[pa.RecordBatch]]
+# Batches of rows of a snapshot: (columns, URIs of data files, or None for all of the snapshot's).
+RowReader = Callable[[Sequence[str], Collection[str] | None], Iterable[pa.RecordBatch]]
 
 _RESULT_THREADS = 16
 _RESULTS_PER_CHUNK = 256
 
 _TABLES = {
-    "results": "shard_id VARCHAR, status VARCHAR, error VARCHAR, worker_seconds DOUBLE",
+    "plan": "shard_id VARCHAR, uri VARCHAR, etag VARCHAR",
+    "tombstones": "uri VARCHAR, etag VARCHAR",
+    "results": "shard_id VARCHAR, status VARCHAR, error VARCHAR, worker_seconds DOUBLE,"
+    " data_uri VARCHAR",
     "outcomes": "shard_id VARCHAR, uri VARCHAR, etag VARCHAR, outcome VARCHAR, reason VARCHAR,"
     " detail VARCHAR, audio_seconds DOUBLE",
     "new_rows": "audio_id VARCHAR, uri VARCHAR, etag VARCHAR, shard_id VARCHAR,"
@@ -85,6 +88,14 @@ _FAULT_QUERIES = {
         FROM keys GROUP BY audio_id HAVING count(*) > 1""",
     "uri_unique": """
         SELECT NULL, uri, count(*) || ' rows' FROM keys GROUP BY uri HAVING count(*) > 1""",
+    "outdated_rows_gone": """
+        SELECT NULL, uri, 'its object is gone' FROM tombstones t
+        WHERE EXISTS (FROM keys k WHERE k.audio_id = sha256(t.uri || chr(10) || t.etag)[:32])
+        UNION ALL
+        SELECT o.shard_id, o.uri, 'tokens of an older content'
+        FROM outcomes o JOIN keys k USING (uri)
+        WHERE o.outcome = 'quarantined'
+          AND k.audio_id <> sha256(o.uri || chr(10) || o.etag)[:32]""",
 }
 _FAULT_NAME = "coalesce(uri, 'shard ' || shard_id, 'a row without a name')"
 
@@ -106,7 +117,8 @@ class SnapshotFacts:
     """A context manager around the DuckDB file; ``gather`` fills it, then it can be asked.
 
     ``work_path``: folder for the DuckDB file and its scratch; the caller removes it. Tables:
-    ``plan``, ``results``, ``outcomes``, ``new_rows``, ``keys`` (of all rows), ``faults``.
+    ``plan``, ``tombstones``, ``results``, ``outcomes``, ``new_rows`` (of the plan's data files),
+    ``keys`` (of all rows), ``faults``.
     """
 
     def __init__(self, job: TokenizeJob, work_path: Path, memory_bytes: int = 1 << 30) -> None:
@@ -153,13 +165,17 @@ class SnapshotFacts:
         self._find_faults()
 
     def _load_plan(self, storage: Storage) -> None:
-        path = self._work_path / FILES_FILE
-        storage.download(join_uri(self.job.plan_uri, FILES_FILE), path)
-        self._db.execute(
-            "CREATE TABLE plan AS SELECT shard_index, shard_id, uri, etag FROM read_parquet(?)",
-            [str(path)],
-        )
-        path.unlink()
+        sources = {
+            "plan": (FILES_FILE, "shard_id, uri, etag"),
+            "tombstones": (TOMBSTONES_FILE, "uri, etag"),
+        }
+        for table, (name, columns) in sources.items():
+            path = self._work_path / name
+            storage.download(join_uri(self.job.plan_uri, name), path)
+            self._db.execute(
+                f"INSERT INTO {table} BY NAME SELECT {columns} FROM read_parquet(?)", [str(path)]
+            )
+            path.unlink()
 
     def _load_results(self, storage: Storage) -> None:
         shard_ids = [row[0] for row in self.ask("SELECT DISTINCT shard_id FROM plan ORDER BY ALL")]
@@ -174,6 +190,7 @@ class SnapshotFacts:
                 "status": result.status,
                 "error": result.error,
                 "worker_seconds": result.timings.total_seconds,
+                "data_uri": result.data_file.uri if result.data_file else None,
             }
             for result in results
         ]
@@ -188,7 +205,9 @@ class SnapshotFacts:
 
     def _load_rows(self, rows: RowReader) -> None:
         manifest = self.job.manifest
-        for piece in slices(rows(needed_columns(manifest), self.job.plan_id), manifest):
+        # Not by plan id: a plan takes over shards that an earlier generation of it finished.
+        data_uris = {uri for (uri,) in self.ask("SELECT data_uri FROM results") if uri}
+        for piece in slices(rows(needed_columns(manifest), data_uris), manifest):
             self._insert("new_rows", row_facts(piece, manifest, self.counters))
         for batch in rows(["audio_id", "uri"], None):
             self._insert("keys", pa.Table.from_batches([batch]))
@@ -276,25 +295,19 @@ def read_results(
     """
 
     def read(shard_id: str) -> ShardResult | None:
-        uri = join_uri(job.plan_uri, "results", f"{shard_id}.json")
         try:
-            return _parse_result(storage.read(uri), job, shard_id)
+            result = read_result(storage, result_uri(job.plan_uri, shard_id))
         except ObjectMissingError:
             return None
+        except ConfigError as error:
+            return _unusable(job, shard_id, str(error))
+        if (result.plan_id, result.shard_id) == (job.plan_id, shard_id):
+            return result
+        other = f"shard {result.shard_id} of plan {result.plan_id}"
+        return _unusable(job, shard_id, f"The result is one of {other}.")
 
     with ThreadPoolExecutor(_RESULT_THREADS) as pool:
         yield from (result for result in pool.map(read, shard_ids) if result is not None)
-
-
-def _parse_result(text: bytes, job: TokenizeJob, shard_id: str) -> ShardResult:
-    try:
-        result = ShardResult.model_validate_json(text)
-    except ValidationError as error:
-        return _unusable(job, shard_id, f"its result cannot be read: {describe(error)}")
-    if (result.plan_id, result.shard_id) != (job.plan_id, shard_id):
-        other = f"shard {result.shard_id} of plan {result.plan_id}"
-        return _unusable(job, shard_id, f"its result is one of {other}")
-    return result
 
 
 def _unusable(job: TokenizeJob, shard_id: str, error: str) -> ShardResult:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hcodec_core.dataset.expectations import Rule
 from hcodec_core.dataset.facts import fault_names
+from hcodec_core.dataset.plan_documents import BadFileBudget
 from hcodec_core.jobs import TokenizeJob
 
 _FAULT_TITLES = {
@@ -25,19 +26,11 @@ _FAULT_TITLES = {
     "duration_agrees": "Samples, decoded length and reported length agree to one frame",
     "audio_id_unique": "No two rows of the snapshot have the same audio_id",
     "uri_unique": "No two rows of the snapshot have the same uri",
+    "outdated_rows_gone": "Rows of objects that are gone or changed have left the snapshot",
     "required_values": "No required value is missing",
     "sample_rate_agrees": "sample_rate is the codec's",
     "frames_match_samples": "The number of frames follows from the number of samples",
 }
-
-
-class Budget(BaseModel):
-    """How many files of a plan may be unusable (quarantined) before nothing is published."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    max_bad_files: int | None = Field(default=None, ge=0)
 
 
 class Thresholds(BaseModel):
@@ -51,11 +44,17 @@ class Thresholds(BaseModel):
     min_codebook_use: float = Field(default=0.5, ge=0, le=1)
 
 
-def rules_of(job: TokenizeJob, budget: Budget, thresholds: Thresholds) -> list[Rule]:
+def rules_of(job: TokenizeJob, budget: BadFileBudget, thresholds: Thresholds) -> list[Rule]:
     """All rules that a snapshot is judged by."""
     return [
         *(Rule(name, title, "shards", maximum=0) for name, title in _fault_titles(job).items()),
         Rule("plan_is_whole", "The plan lists as many files as its job says", "version", maximum=0),
+        Rule(
+            "snapshot_is_whole",
+            "The snapshot has as many rows as its commit counted",
+            "version",
+            maximum=0,
+        ),
         Rule("accounts_add_up", "As many outcomes as files in the plan", "version", "error", 0, 0),
         *_budget_rules(budget),
         *_warning_rules(thresholds),
@@ -81,20 +80,20 @@ def _fault_titles(job: TokenizeJob) -> dict[str, str]:
     return {name: titles[name] for name in fault_names(job)}
 
 
-def _budget_rules(budget: Budget) -> list[Rule]:
+def _budget_rules(budget: BadFileBudget) -> list[Rule]:
     share = Rule(
         "bad_file_share",
         "The share of unusable files is within the budget",
         "version",
-        maximum=budget.max_bad_share,
+        maximum=budget.max_share,
     )
-    if budget.max_bad_files is None:
+    if budget.max_files is None:
         return [share]
     count = Rule(
         "bad_file_count",
         "The number of unusable files is within the budget",
         "version",
-        maximum=budget.max_bad_files,
+        maximum=budget.max_files,
     )
     return [share, count]
 

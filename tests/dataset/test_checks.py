@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,20 +17,26 @@ import pytest
 
 from hcodec_core.config import StorageConfig
 from hcodec_core.dataset.checks import (
-    Budget,
     SnapshotName,
     failure_of,
     raise_if_failed,
+    validate_plan,
     validate_snapshot,
 )
+from hcodec_core.dataset.commit import commit_plan
+from hcodec_core.dataset.facts import RowReader, SnapshotFacts, fault_names
+from hcodec_core.dataset.plan_documents import BadFileBudget, Plan
 from hcodec_core.dataset.report import ValidationResult, printable, upload_report
 from hcodec_core.dataset.rowfacts import CodeCounter, needed_columns, row_facts, slices
+from hcodec_core.dataset.rules import Thresholds, rules_of
 from hcodec_core.dataset.schema import arrow_schema, audio_id_of, unflatten_codes
 from hcodec_core.dataset.summary import summarise
+from hcodec_core.dataset.table import RefChange, load_table
 from hcodec_core.errors import BudgetExceededError, QuarantineReason, ValidationFailedError
-from hcodec_core.jobs import FileOutcome, Outcome, ShardResult, TokenizeJob
+from hcodec_core.jobs import DataFile, DataFileStats, FileOutcome, Outcome, ShardResult, TokenizeJob
 from hcodec_core.storage import Storage, file_uri, join_uri, open_storage
 from hcodec_core.tokens import CodecManifest, EncodeSettings, PartDigests, StreamSpec
+from tests.dataset import factories
 
 HOP = 320
 BOOKS = {"semantic": 1, "acoustic": 4}
@@ -77,6 +83,7 @@ def make_row(uri: str, shard_id: str, plan_id: str, rng: np.random.Generator) ->
         "duration_seconds": num_samples / 16000,
         "shard_id": shard_id,
         "plan_id": plan_id,
+        "data_uri": f"s3://tokens/{shard_id}.parquet",
     }
     for name, books in BOOKS.items():
         row[name] = rng.integers(0, 64, books * num_frames).tolist()
@@ -91,8 +98,10 @@ class Case:
     files: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    tombstones: list[dict[str, str]] = field(default_factory=list)
+    num_rows: int = 0
     is_trained: bool = True
-    budget: Budget = field(default_factory=lambda: Budget(max_bad_share=0.2))
+    budget: BadFileBudget = field(default_factory=lambda: BadFileBudget(max_share=0.2))
 
     def outcome(self, index: int) -> dict[str, Any]:
         """Outcome of a file of the plan."""
@@ -131,6 +140,8 @@ class Case:
         job = self.job(root)
         (root / "plan").mkdir()
         pq.write_table(pa.Table.from_pylist(self.files), root / "plan" / "files.parquet")
+        gone = pa.Table.from_pylist(self.tombstones, pa.schema({"uri": "string", "etag": "string"}))
+        pq.write_table(gone, root / "plan" / "tombstones.parquet")
         for shard_id, result in self.results.items():
             text = json.dumps(result).encode() if isinstance(result, dict) else result
             storage.write(join_uri(job.plan_uri, "results", f"{shard_id}.json"), text)
@@ -140,7 +151,7 @@ class Case:
         # Damaged rows may lack what is required, so nothing is required here.
         schema = arrow_schema(make_manifest())
         nullable = pa.schema([pa.field(f.name, f.type) for f in schema])
-        return pa.Table.from_pylist(self.rows, nullable)
+        return pa.Table.from_pylist(self.rows, nullable.append(pa.field("data_uri", "string")))
 
     def validate(self, root: Path) -> ValidationResult:
         storage = open_storage(StorageConfig())
@@ -150,7 +161,7 @@ class Case:
         return validate_snapshot(
             storage,
             job,
-            SnapshotName(77, "audit_plan1"),
+            SnapshotName(77, "audit_plan1", self.num_rows),
             reader_of(self.table()),
             self.budget,
             file_uri(root / "reports" / "plan1"),
@@ -158,11 +169,15 @@ class Case:
         )
 
 
-def reader_of(table: pa.Table) -> Callable[[Sequence[str], str | None], Iterable[pa.RecordBatch]]:
-    def rows(columns: Sequence[str], plan_id: str | None) -> Iterator[pa.RecordBatch]:
+def reader_of(table: pa.Table) -> RowReader:
+    def rows(columns: Sequence[str], data_uris: Collection[str] | None) -> Iterator[pa.RecordBatch]:
         import pyarrow.compute as pc
 
-        wanted = table if plan_id is None else table.filter(pc.field("plan_id") == plan_id)
+        wanted = table
+        if data_uris is not None:
+            wanted = table.filter(
+                pc.is_in(table["data_uri"], pa.array(sorted(data_uris), "string"))
+            )
         yield from wanted.select(list(columns)).to_batches(max_chunksize=50)
 
     return rows
@@ -193,6 +208,8 @@ def make_case() -> Case:
             outcome = outcome.model_copy(update={"audio_seconds": seconds})
         add_outcome(case, file, outcome)
     case.rows += [make_row(f"s3://audio/old{i}.wav", "shard9", "plan0", rng) for i in range(3)]
+    case.num_rows = len(case.rows)
+    case.tombstones = [{"uri": "s3://audio/gone.wav", "etag": "etag"}]
     return case
 
 
@@ -205,6 +222,13 @@ def add_outcome(case: Case, file: dict[str, Any], outcome: FileOutcome) -> None:
         worker_id="w",
         status="done",
         build={"device": "cpu", "torch": "2.13.0"},
+        data_file=DataFile(
+            uri=f"s3://tokens/{file['shard_id']}.parquet",
+            size=1,
+            etag="e",
+            sha256="0" * 64,
+            stats=DataFileStats(num_rows=1),
+        ),
     )
     result = case.results.setdefault(file["shard_id"], empty.model_dump(mode="json"))
     result["outcomes"].append(outcome.model_dump(mode="json"))
@@ -295,6 +319,7 @@ def lie_in_outcome(case: Case) -> None:
 
 def repeat_row(case: Case) -> None:
     case.rows.append(dict(case.rows[20]))
+    case.num_rows += 1
 
 
 def keep_old_content(case: Case) -> None:
@@ -304,10 +329,30 @@ def keep_old_content(case: Case) -> None:
 
 def lose_row(case: Case) -> None:
     del case.rows[20]
+    case.num_rows -= 1
+
+
+def lose_old_row(case: Case) -> None:
+    del case.rows[-1]
+
+
+def lose_data_file(case: Case) -> None:
+    for row in case.rows:
+        if row["shard_id"] == "shard2":
+            row["data_uri"] = "s3://tokens/elsewhere.parquet"
+
+
+def keep_row_of_gone_object(case: Case) -> None:
+    case.tombstones.append({"uri": case.rows[-1]["uri"], "etag": "etag"})
+
+
+def keep_old_row_of_quarantined(case: Case) -> None:
+    uri = case.files[2]["uri"]
+    case.rows[-1].update(uri=uri, etag="older", audio_id=audio_id_of(uri, "older"))
 
 
 def add_foreign_row(case: Case) -> None:
-    case.rows[-1]["plan_id"] = "plan1"
+    case.rows[-1].update(data_uri=case.rows[0]["data_uri"], shard_id=case.rows[0]["shard_id"])
 
 
 def keep_row_of_quarantined(case: Case) -> None:
@@ -354,15 +399,15 @@ def stick_codebook(case: Case) -> None:
 
 
 def shrink_budget(case: Case) -> None:
-    case.budget = Budget(max_bad_share=0.03)
+    case.budget = BadFileBudget(max_share=0.03)
 
 
 def shrink_count(case: Case) -> None:
-    case.budget = Budget(max_bad_share=0.5, max_bad_files=3)
+    case.budget = BadFileBudget(max_share=0.5, max_files=3)
 
 
-UNREPORTED = {"shard_done", "file_accounted_once", "accounts_add_up", "row_has_tokens_outcome"}
-DAMAGE = [
+UNREPORTED = {"shard_done", "file_accounted_once"}
+FAULTS = [
     (spoil_code("acoustic", 64), {"codes_in_range_acoustic"}),
     (spoil_code("semantic", -1), {"codes_in_range_semantic"}),
     (cut_codes, {"codes_length_acoustic"}),
@@ -382,28 +427,54 @@ DAMAGE = [
     (repeat_row, {"tokens_have_one_row", "audio_id_unique", "uri_unique"}),
     (keep_old_content, {"uri_unique"}),
     (lose_row, {"tokens_have_one_row"}),
+    (lose_data_file, {"tokens_have_one_row"}),
+    (keep_row_of_gone_object, {"outdated_rows_gone"}),
+    (keep_old_row_of_quarantined, {"outdated_rows_gone"}),
     (add_foreign_row, {"row_in_plan", "row_has_tokens_outcome"}),
     (keep_row_of_quarantined, {"row_has_tokens_outcome"}),
-    (lose_outcome, {"file_accounted_once", "accounts_add_up", "row_has_tokens_outcome"}),
-    (repeat_outcome, {"file_accounted_once", "accounts_add_up"}),
+    (lose_outcome, {"file_accounted_once", "row_has_tokens_outcome"}),
+    (repeat_outcome, {"file_accounted_once"}),
     (report_in_wrong_shard, {"outcome_in_plan"}),
     (fail_shard, {"shard_done"}),
     (lose_result, UNREPORTED),
     (damage_result, UNREPORTED),
     (mix_up_results, UNREPORTED),
+    (repeat_file, {"plan_lists_file_once"}),
+]
+BLOCKED = [
+    (cut_codes, {"codes_length_acoustic"}),
+    (lie_about_samples, {"frames_match_samples", "duration_agrees"}),
+    (repeat_row, {"tokens_have_one_row", "audio_id_unique", "uri_unique"}),
+    (lose_old_row, {"snapshot_is_whole"}),
+    (lose_result, {*UNREPORTED, "accounts_add_up"}),
     (repeat_file, {"plan_lists_file_once", "plan_is_whole", "accounts_add_up"}),
     (stick_codebook, {"codebook_alive"}),
     (shrink_budget, {"bad_file_share"}),
-    (shrink_count, {"bad_file_count"}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    DAMAGE,
-    ids=[f"{i}-{'-'.join(sorted(e)[:2])}" for i, (_, e) in enumerate(DAMAGE)],
-)
-def test_damage_fails_its_check(
+def names(cases: list[tuple[Callable[[Case], None], set[str]]]) -> list[str]:
+    return [f"{damage.__name__}-{min(expected)}" for damage, expected in cases]
+
+
+@pytest.mark.parametrize(("damage", "expected"), FAULTS, ids=names(FAULTS))
+def test_damage_is_a_fault_of_its_check(
+    damage: Callable[[Case], None], expected: set[str], good_case: Case, tmp_path: Path
+) -> None:
+    case = copy.deepcopy(good_case)
+    damage(case)
+    storage = open_storage(StorageConfig())
+    job = case.write(tmp_path, storage)
+    with SnapshotFacts(job, tmp_path) as facts:
+        facts.gather(storage, reader_of(case.table()))
+        counts = facts.faults_by_shard()
+    assert set(counts["shard_id"].to_pylist()) <= {"", "shard0", "shard1", "shard2"}
+    found = {name for name in fault_names(job) if sum(counts[name].to_pylist())}
+    assert found == expected
+
+
+@pytest.mark.parametrize(("damage", "expected"), BLOCKED, ids=names(BLOCKED))
+def test_damage_blocks_the_version(
     damage: Callable[[Case], None], expected: set[str], good_case: Case, tmp_path: Path
 ) -> None:
     case = copy.deepcopy(good_case)
@@ -412,6 +483,13 @@ def test_damage_fails_its_check(
     assert {check.name for check in result.failed("error")} == expected
     assert not result.passed
     assert failure_of(result) is not None
+
+
+def test_every_fault_is_judged_by_a_rule_that_blocks(tmp_path: Path) -> None:
+    job = make_case().job(tmp_path)
+    rules = rules_of(job, BadFileBudget(max_files=0), Thresholds())
+    blocking = {rule.name for rule in rules if rule.severity == "error" and rule.maximum == 0}
+    assert blocking > set(fault_names(job))
 
 
 def test_failure_names_files_and_counts_the_rest(good_case: Case, tmp_path: Path) -> None:
@@ -636,3 +714,63 @@ def test_slices_bound_codes_and_lose_no_row(monkeypatch: pytest.MonkeyPatch) -> 
     for piece in pieces:
         codes = sum(len(values) for values in piece.column("semantic").to_pylist()) * 5
         assert codes < 500 + 5 * 60  # and one more row
+
+
+def test_committed_plan_of_a_second_generation_passes(
+    local_world: factories.World, tmp_path: Path
+) -> None:
+    world = local_world
+    world.put(*(f"{index:02}.wav" for index in range(24)))
+    first = world.plan(num_shards=3)
+    job = factories.job_of(world.storage, first.plan_uri)
+    lost = factories.by_shard(world.files(first))
+    factories.fail_shard(world.storage, job, lost[0])
+    for files in lost[1:]:
+        factories.finish_shard(world.storage, job, files)
+    second = world.plan(num_shards=3)  # takes over the two shards that were done
+    job = factories.job_of(world.storage, second.plan_uri)
+    factories.finish_shard(world.storage, job, factories.by_shard(world.files(second))[0])
+    result = validate(world, second, tmp_path / "second")
+    assert result.passed
+    assert (result.summary.num_rows, result.summary.num_snapshot_rows) == (24, 24)
+    page_uri = f"{world.config.work.work_uri}/datasets/demo/reports/{second.plan_id}/index.html"
+    assert result.report_uri == page_uri
+    assert b"Untrained codec" in world.storage.read(page_uri)
+
+
+def test_rows_that_a_later_plan_left_behind_are_found(
+    local_world: factories.World, tmp_path: Path
+) -> None:
+    world = local_world
+    world.put(*(f"{index:02}.wav" for index in range(12)))
+    first = world.plan()
+    world.work(first)
+    published = commit_plan(world.config, world.storage, first.plan_uri)
+    RefChange(load_table(world.layout)).set_branch("main", published.snapshot_id).commit()
+    world.put("00.wav", data="new")
+    world.put("99.wav", data="broken")
+    world.delete("11.wav")
+    plan = world.plan()
+    world.work(plan, lambda uri: Outcome.QUARANTINED if "99" in uri else Outcome.TOKENS)
+    result = validate(world, plan, tmp_path / "good")
+    assert {check.name for check in result.failed("error")} == {"bad_file_share"}
+    assert result.summary.outcomes == {"tokens": 1, "quarantined": 1, "changed": 0, "deleted": 0}
+    assert result.summary.num_snapshot_rows == 11
+    # The snapshot of before, taken for the one that the plan committed.
+    info = commit_plan(world.config, world.storage, plan.plan_uri)
+    stale = info.model_copy(update={"snapshot_id": info.base_snapshot_id})
+    (tmp_path / "stale").mkdir()
+    result = validate_plan(world.config, world.storage, stale, tmp_path / "stale")
+    failed = {check.name for check in result.failed("error")}
+    assert failed == {
+        "bad_file_share",
+        "outdated_rows_gone",
+        "snapshot_is_whole",
+        "tokens_have_one_row",
+    }
+
+
+def validate(world: factories.World, plan: Plan, work_path: Path) -> ValidationResult:
+    work_path.mkdir()
+    info = commit_plan(world.config, world.storage, plan.plan_uri)
+    return validate_plan(world.config, world.storage, info, work_path)
