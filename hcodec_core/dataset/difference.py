@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from hcodec_core.dataset.inventory import InventoryInfo
 from hcodec_core.dataset.layout import DatasetLayout
-from hcodec_core.dataset.ledger import current_version, rollback_entries
+from hcodec_core.dataset.ledger import rollback_entries, version_of
 from hcodec_core.dataset.plan_documents import PlanRequest
 from hcodec_core.dataset.quarantine import read_quarantine
 from hcodec_core.dataset.sharding import Seconds, estimate_seconds
@@ -59,7 +59,7 @@ def read_base(layout: DatasetLayout) -> Base:
     if snapshot_id is None or snapshot_id == root_snapshot_id(table):
         return Base(None, None, num_rollbacks, KEY_SCHEMA.empty_table())
     held = held_objects(table, snapshot_id).cast(KEY_SCHEMA)
-    return Base(snapshot_id, current_version(table, snapshot_id), num_rollbacks, held)
+    return Base(snapshot_id, version_of(table, snapshot_id), num_rollbacks, held)
 
 
 def find_work(

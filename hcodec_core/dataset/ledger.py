@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PLAN = "hcodec.plan."
 _VERSION = "hcodec.version."
 _ROLLBACK = "hcodec.rollback."
+_NUM_DETAILED = 50
 
 
 class _Entry(BaseModel):
@@ -122,17 +123,43 @@ def version_number(version: str) -> int:
     return int(version.removeprefix("v"))
 
 
-def next_version(table: Table) -> str:
-    """Name of the next version; a name is never used twice."""
-    return f"v{max(map(version_number, version_entries(table)), default=0) + 1}"
+def compacted(table: Table) -> dict[str, str]:
+    """Properties to set so that plans of old versions take little room: their counts are dropped.
+
+    Version records keep the counts.
+    """
+    newest = max(map(version_number, version_entries(table)), default=0)
+    old = {
+        plan_id: entry
+        for plan_id, entry in plan_entries(table).items()
+        if entry.version
+        and entry.counts != CommitCounts()
+        and version_number(entry.version) <= newest - _NUM_DETAILED
+    }
+    properties: dict[str, str] = {}
+    for plan_id, entry in old.items():
+        properties |= plan_property(plan_id, entry.model_copy(update={"counts": CommitCounts()}))
+    return properties
+
+
+def version_of(table: Table, snapshot_id: int | None) -> str | None:
+    """Version that was published as a snapshot, or None."""
+    found = [v for v, entry in version_entries(table).items() if entry.snapshot_id == snapshot_id]
+    return found[-1] if found else None
 
 
 def current_version(table: Table, main_snapshot_id: int | None) -> str | None:
-    """Version that ``main`` shows, or None when nothing was published yet."""
-    for version, entry in reversed(version_entries(table).items()):
-        if entry.snapshot_id == main_snapshot_id:
-            return version
-    return None
+    """Version that readers see, or None when nothing was published yet.
+
+    Where ``main`` was moved by other tools (a compaction), it is what was published or rolled back
+    to last: readers see only what was validated.
+    """
+    version = version_of(table, main_snapshot_id)
+    if version is not None:
+        return version
+    events = [(entry.published_at, name) for name, entry in version_entries(table).items()]
+    events += [(entry.rolled_back_at, entry.to_version) for entry in rollback_entries(table)]
+    return max(events)[1] if events else None
 
 
 def _entries(table: Table, prefix: str, kind: type[Entry]) -> dict[str, Entry]:

@@ -291,7 +291,8 @@ class RefChange:
         """Set table properties."""
         from pyiceberg.table.update import SetPropertiesUpdate
 
-        self._updates.append(SetPropertiesUpdate(updates=dict(properties)))
+        if properties:
+            self._updates.append(SetPropertiesUpdate(updates=dict(properties)))
         return self
 
     def commit(self) -> None:

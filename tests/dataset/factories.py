@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hcodec_core.config import AccessConfig, CatalogConfig, Config, StorageConfig, WorkConfig
+from hcodec_core.dataset.commit import CommitInfo, commit_plan
 from hcodec_core.dataset.inventory import InventoryInfo, take_inventory
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.plan import Plan, PlanRequest, make_plan
@@ -33,6 +34,7 @@ from hcodec_core.dataset.schema import (
     stats_of_parquet,
 )
 from hcodec_core.dataset.tabular import read_table
+from hcodec_core.dataset.versions import VersionRecord, publish
 from hcodec_core.errors import QuarantineReason
 from hcodec_core.jobs import (
     FILES_FILE,
@@ -266,3 +268,17 @@ class World:
         job = job_of(self.storage, plan.plan_uri)
         shards = by_shard(self.files(plan))
         return [finish_shard(self.storage, job, files, verdict) for files in shards]
+
+    def commit(self, plan: Plan) -> CommitInfo:
+        return commit_plan(self.config, self.storage, plan.plan_uri)
+
+    def publish(self, plan: Plan, info: CommitInfo) -> VersionRecord:
+        return publish(self.config, self.storage, plan.plan_uri, info.snapshot_id)
+
+    def version(
+        self, verdict: Verdict = lambda uri: Outcome.TOKENS, **changes: Any
+    ) -> VersionRecord:
+        """Plan, work, commit and publish what is in the source folder now."""
+        plan = self.plan(**changes)
+        self.work(plan, verdict)
+        return self.publish(plan, self.commit(plan))
