@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hcodec_core.errors import ConfigError
+from hcodec_core.errors import CheckpointError, ConfigError
 from hcodec_core.models.conversion import ConvertRequest, GoldenCase
 from hcodec_core.models.library.config import HUB_IDS, from_library
-from hcodec_core.models.library.hosting import fill_codec, hub_source, read_library_model
+from hcodec_core.models.library.hosting import fill_codec, library_source, read_library_model
 from hcodec_core.models.library.model import build
 from hcodec_core.models.loading import CodecCard, save_codec
 from hcodec_core.tokens import CodecManifest
@@ -42,7 +42,7 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
         ConfigError: The model is of a kind, or of a variant, that has no adapter.
         CheckpointError: It cannot be read, or a tensor is missing, misshapen or left over.
     """
-    source = hub_source(request.checkpoint_path, HUB_IDS)
+    source = library_source(request.checkpoint_path, HUB_IDS)
     kind = request.options.get("model_type") or _kind_of(source)
     if kind not in _MODEL_CLASSES:
         raise ConfigError(
@@ -84,8 +84,10 @@ def _kind_of(source: str) -> str:
         values, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{source!r} has no configuration that can be read: {reason}") from error
-    return str(values.get("model_type"))
+        raise CheckpointError(f"{source!r} has no readable config.json: {reason}") from error
+    if "model_type" not in values:
+        raise CheckpointError(f"{source!r} has no config.json that names its model_type.")
+    return str(values["model_type"])
 
 
 def _own_names(kind: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -73,6 +73,8 @@ def read_library_model(source: str, model_class: str) -> tuple[dict[str, Any], d
     guard_torchaudio()
     import transformers
 
+    library_logging: Any = transformers.utils.logging
+    library_logging.disable_progress_bar()
     name, _, revision = source.partition("@")
     try:
         model, report = getattr(transformers, model_class).from_pretrained(
@@ -116,9 +118,22 @@ def fill_codec(codec: Codec, state: Mapping[str, Tensor], source: str) -> None:
     codec.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
 
 
-def hub_source(path: Path, hub_ids: Mapping[str, str]) -> str:
-    """The folder, the hub id of a released model's name, or what looks like a hub id."""
-    return str(path) if path.exists() else hub_ids.get(str(path), path.as_posix())
+def library_source(path: Path, hub_ids: Mapping[str, str]) -> str:
+    """What to read: a folder, a hub id ``org/name@revision``, or that of a released model's name.
+
+    Raises ``CheckpointError`` when it is none of these.
+    """
+    name = path.as_posix()
+    if path.is_dir():
+        return str(path)
+    if name in hub_ids:
+        return hub_ids[name]
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not path.exists():
+        return name
+    raise CheckpointError(
+        f"There is no folder {name!r}, it is no hub id of the form org/name, and no released "
+        f"model: these are {', '.join(hub_ids)}."
+    )
 
 
 def _unsaved_buffers(module: nn.Module) -> Iterable[str]:

@@ -238,9 +238,6 @@ PRESETS: Mapping[str, Callable[[], XCodecConfig]] = {
     "xcodec-wavlm-more-data": wavlm,
 }
 
-HUB_IDS: Mapping[str, str] = {name: f"hf-audio/{name}" for name in PRESETS if not name.endswith("tiny")}
-"""Name of a released model -> its repository on the Hugging Face hub."""
-
 ORIGINAL_FILES: Mapping[str, str] = {
     "xcodec-hubert-librispeech": "xcodec_speech_hubert_librispeech.pth",
     "xcodec-hubert-general": "xcodec_hubert_general_audio.pth",
@@ -249,3 +246,6 @@ ORIGINAL_FILES: Mapping[str, str] = {
     "xcodec-wavlm-more-data": "xcodec_speech_wavlm_more_data.pth",
 }
 """Name of a released model -> its original file in the hub repository ZhenYe234/xcodec."""
+
+HUB_IDS: Mapping[str, str] = {name: f"hf-audio/{name}" for name in ORIGINAL_FILES}
+"""Name of a released model -> its repository in the library's format on the Hugging Face hub."""

@@ -25,7 +25,7 @@ from hcodec_core.models.conversion import (
     fold_weight_norm,
     read_checkpoint,
 )
-from hcodec_core.models.library.hosting import fill_codec, hub_source, read_library_model
+from hcodec_core.models.library.hosting import fill_codec, library_source, read_library_model
 from hcodec_core.models.loading import CodecCard, save_codec
 from hcodec_core.models.xcodec.config import HUB_IDS, XCodecConfig, hubert, wavlm
 from hcodec_core.models.xcodec.model import build
@@ -64,7 +64,7 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
         state = _from_original(read_checkpoint(path, _ROOTS))
         config = _config_of(request.config_path, state)
     else:
-        source = hub_source(path, HUB_IDS)
+        source = library_source(path, HUB_IDS)
         values, found = read_library_model(source, "XcodecModel")
         config = XCodecConfig.from_library(values)
         state = _from_library(found)
