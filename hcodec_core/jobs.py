@@ -147,7 +147,10 @@ class ShardResult(_Document):
 
 
 class WorkerProgress(_Document):
-    """How far one worker is; ``sequence`` advances with progress only."""
+    """How far one worker is; ``sequence`` advances with progress only.
+
+    ``held_shards``: attempt number by id of the shards that it works on.
+    """
 
     format_version: Literal[1] = 1
     worker_id: str
@@ -159,6 +162,7 @@ class WorkerProgress(_Document):
     audio_seconds: float = 0.0
     num_tokens: int = 0
     busy_seconds: float = 0.0
+    held_shards: dict[str, int] = {}
 
 
 def read_job(text: bytes | str) -> TokenizeJob:

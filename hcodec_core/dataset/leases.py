@@ -26,7 +26,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -109,8 +109,16 @@ def worker_identity(hint: str | None = None) -> str:
     it. A fresh nonce is added: a pod whose container restarts is another worker.
     """
     where = hint or f"{socket.gethostname()}-{os.getpid()}-{_process_start()}"
-    safe = "".join(char if char.isalnum() or char in "-_." else "-" for char in where)
-    return f"{safe}-{uuid.uuid4().hex[:8]}"
+    return f"{_safe(where)}-{uuid.uuid4().hex[:8]}"
+
+
+def is_worker_of(worker_id: str, hint: str) -> bool:
+    """Whether ``worker_identity(hint)`` made this name, in whatever start of the process."""
+    return worker_id.rpartition("-")[0] == _safe(hint)
+
+
+def _safe(name: str) -> str:
+    return "".join(char if char.isalnum() or char in "-_." else "-" for char in name)
 
 
 def _process_start() -> str:
@@ -168,7 +176,7 @@ class Lease:
         self._sequence += 1  # an increment lost between threads does no harm
 
     def check(self) -> None:
-        """Raise ``LeaseLostError`` when the heartbeat thread has seen another worker take over."""
+        """Raise ``LeaseLostError`` when the attempt has ended, or was seen to be taken over."""
         if self._is_lost:
             raise self._lost()
 
@@ -214,6 +222,8 @@ class Lease:
 
     def _end(self, kind: EndingKind, detail: str) -> None:
         self._stopped.set()
+        # Whatever still runs for this attempt must not write results any more.
+        self._is_lost = True
         end_attempt(
             self._storage,
             self.prefix_uri,
@@ -223,8 +233,8 @@ class Lease:
 
     def _lost(self) -> LeaseLostError:
         return LeaseLostError(
-            f"Attempt {self.attempt} of {self.prefix_uri} was taken over by another worker: "
-            "its results are dropped here."
+            f"Attempt {self.attempt} of {self.prefix_uri} has ended or was taken over by another "
+            "worker: its results are dropped here."
         )
 
     def _beat(self) -> None:
@@ -267,10 +277,12 @@ class LeaseTable:
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
 
-    def try_claim(self, prefix_uri: str, *, is_counted: bool = True) -> Lease | None:
+    def try_claim(self, prefix_uri: str, max_attempts: int | None = None) -> Lease | None:
         """Claim the next attempt, or None when another worker holds the lease or was faster.
 
-        ``is_counted`` false: an attempt that does no work (it closes the books).
+        When ``max_attempts`` counted ones have been made, the new claim is not counted: it is not
+        for doing the work but for writing that it failed. Only one worker at a time gets that far.
+
         Raises ``StorageError`` and ``AccessError`` as storage does.
         """
         seen = self._seen.get(prefix_uri)
@@ -283,12 +295,20 @@ class LeaseTable:
             worker_id=self._worker_id,
             nonce=uuid.uuid4().hex,
             claimed_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            is_counted=is_counted,
+            is_counted=not self._is_used_up(prefix_uri, attempt, max_attempts),
         )
         body = claim.model_dump_json().encode()
         is_won = self._storage.create(_claim_uri(prefix_uri, attempt), body)
         self._seen[prefix_uri] = _Seen(attempt, 0, self._clock())
         return Lease(self._storage, prefix_uri, claim, self._terms) if is_won else None
+
+    def _is_used_up(self, prefix_uri: str, attempt: int, max_attempts: int | None) -> bool:
+        if max_attempts is None or attempt <= max_attempts:
+            return False
+        before = read_attempts(self._storage, prefix_uri)
+        # The last one is about to be taken over, so it counts unless it was released.
+        counted = sum(replace(made, is_latest=False).is_counted for made in before)
+        return counted >= max_attempts
 
     def forget(self, prefix_uri: str) -> None:
         """Drop what is known of a lease whose work is done."""

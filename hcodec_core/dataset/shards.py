@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hcodec_core.dataset.leases import Ending, EndingKind, end_attempt, is_worker_of
 from hcodec_core.dataset.results import read_results, result_uri, results_uri
 from hcodec_core.dataset.schema import (
     ROW_GROUP_BYTES,
@@ -33,7 +34,7 @@ from hcodec_core.dataset.schema import (
 )
 from hcodec_core.dataset.tabular import list_folder
 from hcodec_core.errors import ConfigError, HCodecError
-from hcodec_core.jobs import FILES_FILE, DataFile, ShardResult, TokenizeJob
+from hcodec_core.jobs import FILES_FILE, DataFile, ShardResult, TokenizeJob, WorkerProgress
 from hcodec_core.storage import Storage, join_uri, local_write_failed, sha256_of_file
 from hcodec_core.tokens import Codes
 
@@ -45,12 +46,14 @@ __all__ = [
     "ShardWriter",
     "TokenRow",
     "data_file_uri",
+    "discard_file",
     "fetch_plan_files",
     "lease_uri",
     "pending_shards",
     "perplexity",
     "publish_result",
     "read_results",
+    "release_attempts_of",
     "upload_shard",
 ]
 
@@ -144,6 +147,26 @@ def pending_shards(
     folder = results_uri(job.plan_uri) + "/"
     names = {info.uri.removeprefix(folder) for info in list_folder(storage, folder)}
     return [shard for shard in shards if f"{shard.shard_id}.json" not in names]
+
+
+def release_attempts_of(
+    storage: Storage, job: TokenizeJob, identity: str, detail: str
+) -> list[str]:
+    """Release what a worker held that was ended from outside; returns the ids of those shards.
+
+    For operators that see a pod evicted or its node lost: its attempts then do not count, and
+    others go on at once. ``identity``: what the worker was started with (the pod's UID).
+    """
+    released = []
+    for info in list_folder(storage, join_uri(job.plan_uri, "workers")):
+        report = WorkerProgress.model_validate_json(storage.read(info.uri))
+        if not is_worker_of(report.worker_id, identity):
+            continue
+        for shard_id, attempt in report.held_shards.items():
+            ending = Ending(kind=EndingKind.RELEASED, detail=detail, worker_id=report.worker_id)
+            end_attempt(storage, lease_uri(job, shard_id), attempt, ending)
+            released.append(shard_id)
+    return released
 
 
 @dataclass(frozen=True)

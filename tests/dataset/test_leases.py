@@ -161,14 +161,27 @@ def test_a_failed_attempt_counts_until_someone_knows_better(
     assert attempts_counted(s3_storage, prefix_uri) == 0
 
 
-def test_an_attempt_that_does_no_work_never_counts(s3_storage: Storage, prefix_uri: str) -> None:
-    table = LeaseTable(s3_storage, "closer", TERMS)
-    lease = table.try_claim(prefix_uri, is_counted=False)
-    assert lease is not None
-    lease.fail("x")
-    lease.close()
-    claim(table, prefix_uri).close()
-    assert attempts_counted(s3_storage, prefix_uri) == 0
+def test_used_up_attempts_leave_only_the_books_to_close(
+    s3_storage: Storage, prefix_uri: str
+) -> None:
+    clock = FakeClock()
+    table = LeaseTable(s3_storage, "worker", TERMS, clock)
+
+    def attempt(finish) -> bool:
+        lease = table.try_claim(prefix_uri, max_attempts=2)
+        assert lease is not None
+        finish(lease)
+        lease.close()
+        return lease.claim.is_counted
+
+    assert attempt(lambda lease: lease.fail("first"))
+    assert attempt(lambda lease: lease.release("evicted"))
+    assert attempt(lambda lease: None)
+    table.try_claim(prefix_uri, max_attempts=2)
+    clock.now += 60
+    assert not attempt(lambda lease: lease.fail("died while closing"))
+    assert not attempt(lambda lease: None)
+    assert attempts_counted(s3_storage, prefix_uri) == 2
 
 
 def test_a_storage_outage_does_not_expire_leases(
