@@ -172,34 +172,44 @@ def recognises_golden(config: Mapping[str, Any]) -> bool:
 
 
 def golden_cases(folder_path: Path, work_path: Path) -> list[GoldenCase]:
-    """Convert a golden folder's checkpoint below ``work_path``, raw and EMA, and list its cases."""
+    """Convert a golden folder's checkpoint below ``work_path`` and list its cases.
+
+    Raw and averaged weights are two codecs; a folder may hold outputs of either or both.
+    """
     cases: list[GoldenCase] = []
-    for which, suffix in (("raw", ""), ("ema", "_ema")):
-        codec_path = work_path / f"{folder_path.name}-{which}"
-        convert_checkpoint(
-            ConvertRequest(
-                checkpoint_path=folder_path / "codec.safetensors",
-                out_path=codec_path,
-                config_path=folder_path / "config.json",
-                name=codec_path.name,
-                is_trained=False,
-                options={"weights": which},
-            )
-        )
-        with np.load(folder_path / "expected.npz") as arrays:
-            cases.extend(_cases(arrays, suffix, codec_path))
+    with np.load(folder_path / "expected.npz") as arrays:
+        for which, suffix in (("raw", ""), ("ema", "_ema")):
+            codec_path = work_path / f"{folder_path.name}-{which}"
+            found = list(_cases(arrays, suffix, codec_path))
+            if found:
+                _convert_golden(folder_path, codec_path, which)
+            cases.extend(found)
     return cases
+
+
+def _convert_golden(folder_path: Path, codec_path: Path, which: str) -> None:
+    convert_checkpoint(
+        ConvertRequest(
+            checkpoint_path=folder_path / "codec.safetensors",
+            out_path=codec_path,
+            config_path=folder_path / "config.json",
+            name=codec_path.name,
+            is_trained=False,
+            options={"weights": which},
+        )
+    )
 
 
 def _cases(arrays: Mapping[str, Any], suffix: str, codec_path: Path) -> Iterator[GoldenCase]:
     for index in sorted(key.removeprefix("wav_") for key in arrays if key.startswith("wav_")):
-        if f"indices_{index}{suffix}" in arrays:
+        codes, recon = f"indices_{index}{suffix}", f"recon_{index}{suffix}"
+        if codes in arrays:
             yield GoldenCase(
                 name=f"wav_{index}",
                 codec_path=codec_path,
                 audio=arrays[f"wav_{index}"],
-                codes={"fused": arrays[f"indices_{index}{suffix}"][None]},
-                recon=arrays[f"recon_{index}{suffix}"],
+                codes={"fused": arrays[codes][None]},
+                recon=arrays[recon] if recon in arrays else None,
             )
 
 
