@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import load_file as load_safetensors
-from safetensors.torch import save as dump_safetensors
+from safetensors.torch import save_file as save_safetensors
 from torch import Tensor
 
 from hcodec_core.codecs import Fetch, fetch_file, load_manifest, local_file
@@ -79,18 +79,18 @@ class CodecCard:
 def save_codec(codec: Codec, card: CodecCard, folder_path: Path) -> CodecManifest:
     """Write ``codec.json`` and ``model.safetensors`` into a folder (made when missing).
 
-    The manifest is written last, so that a folder is whole or has none. Tensors are stored as
-    float32.
+    The manifest is written last, and an old one removed first, so that a folder is whole or has
+    none. Tensors are stored as they are: float32.
 
     Raises:
         CheckpointError: A tensor holds a value that is not finite.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in codec.state_dict().items()}
     _check_finite(state, card.name)
-    weights = dump_safetensors(state)
-    manifest = describe_codec(codec, card, hashlib.sha256(weights).hexdigest())
     folder_path.mkdir(parents=True, exist_ok=True)
-    (folder_path / WEIGHTS_FILE).write_bytes(weights)
+    (folder_path / MANIFEST_FILE).unlink(missing_ok=True)
+    save_safetensors(state, folder_path / WEIGHTS_FILE)
+    manifest = describe_codec(codec, card, _sha256_of_file(folder_path / WEIGHTS_FILE))
     text = json.dumps(manifest.model_dump(mode="json"), indent=1)
     (folder_path / MANIFEST_FILE).write_text(text + "\n")
     return manifest
@@ -139,7 +139,7 @@ def _digest_tensors(codec: Codec, part: Part, tensors: Iterable[tuple[str, Tenso
     digest.update(json.dumps(codec.identity(part), sort_keys=True, allow_nan=False).encode())
     for key, value in tensors:
         digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:32]
 
 
