@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -73,7 +72,14 @@ def _run(options: argparse.Namespace, services: Services) -> int:
 
 
 def _params(stage: Stage, workers: int) -> dict[str, object]:
-    return {"source": stage.source_uri, "dataset": stage.dataset, "workers": workers}
+    """The form's fields: small shards to see several, and room for the broken sample files."""
+    return {
+        "source": stage.source_uri + "/",
+        "dataset": stage.dataset,
+        "workers": workers,
+        "hours_per_shard": 0.02,
+        "max_bad_share": 0.35,
+    }
 
 
 def say(text: str) -> None:

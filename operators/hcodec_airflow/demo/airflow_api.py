@@ -67,8 +67,7 @@ class AirflowApi:
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}"
         number = max(1, int(self._call("GET", path)["try_number"]))
         content = self._call("GET", f"{path}/logs/{number}?full_content=true")["content"]
-        events = [str(c.get("event", "")) if isinstance(c, dict) else str(c) for c in content]
-        return [event for event in events if event.strip()][-lines:]
+        return [line for entry in content for line in _lines_of(entry)][-lines:]
 
     def _is_healthy(self) -> bool:
         health = self._call("GET", "/api/v2/monitor/health")
@@ -100,3 +99,14 @@ class AirflowApi:
             ) from error
         except OSError as error:
             raise DemoError(f"Airflow did not answer {method} {path}: {error}.") from error
+
+
+def _lines_of(entry: Any) -> list[str]:
+    """A log entry and, where it has them, its errors; without Airflow's own framing."""
+    if not isinstance(entry, dict):
+        return [str(entry)]
+    event = str(entry.get("event", ""))
+    errors = entry.get("error_detail") or []
+    found = [f"{error.get('exc_type')}: {error.get('exc_value')}" for error in errors]
+    is_framing = event.startswith("::") or not event.strip()
+    return found if is_framing else [event, *found]
