@@ -195,6 +195,16 @@ def test_batch_of_any_shape_gives_the_codes_of_the_clip_alone(subject: Subject) 
             np.testing.assert_array_equal(together.clip(row)[name], codes)
 
 
+def test_batch_of_any_shape_gives_the_audio_of_the_clip_alone(subject: Subject) -> None:
+    hop = subject.codec.hop_length
+    clips = [subject.clip(n, index) for index, n in enumerate((11 * hop, 2 * hop + 3, 5 * hop))]
+    exact = load_codec(str(subject.folder_path), settings(subject.codec)).double()
+    together = exact.decode(token_batch(exact, clips))
+    for row, clip in enumerate(clips):
+        alone = exact.decode(token_batch(exact, [clip]))[0, 0]
+        torch.testing.assert_close(together[row, 0, : len(clip)], alone, atol=1e-9, rtol=1e-9)
+
+
 def test_what_lies_past_a_clips_end_is_ignored(subject: Subject) -> None:
     codec, hop = subject.codec, subject.codec.hop_length
     audio = torch.zeros(2, 1, 9 * hop)
@@ -360,6 +370,25 @@ def test_every_part_has_its_own_digest(subject: Subject) -> None:
         tensor.copy_(kept)
         changed = {name for name in before if before[name] != after[name]}
         assert changed == ({part.value} if part is not Part.TRAINING else set())
+
+
+@pytest.mark.parametrize("changed", [(Part.DECODER, Part.TRAINING), (Part.ENCODER, Part.SSL)])
+def test_parts_decide_what_their_names_say(subject: Subject, changed: tuple[Part, ...]) -> None:
+    """``encode_id`` and ``decode_id`` rest on this: what a digest leaves out must not matter."""
+    codec = load_codec(str(subject.folder_path), settings(subject.codec))
+    audio = torch.from_numpy(subject.clip(9 * codec.hop_length))[None, None]
+    num_samples = torch.tensor([audio.shape[2]])
+    tokens = codec.encode(audio, num_samples)
+    decoded = codec.decode(tokens)
+    for key, value in codec.state_dict().items():
+        if codec.part_of(key) in changed:
+            value.mul_(1.5).add_(0.1)
+    if Part.ENCODER in changed:
+        assert torch.equal(codec.decode(tokens), decoded)
+        return
+    assert not torch.equal(codec.decode(tokens), decoded)
+    for name, codes in codec.encode(audio, num_samples).codes.items():
+        np.testing.assert_array_equal(codes, tokens.codes[name])
 
 
 def test_margins_say_how_clear_each_decision_is(subject: Subject) -> None:
