@@ -6,7 +6,7 @@ snapshot or ref that they speak of.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeVar
 
@@ -155,11 +155,14 @@ def current_version(table: Table, main_snapshot_id: int | None) -> str | None:
     to last: readers see only what was validated.
     """
     version = version_of(table, main_snapshot_id)
-    if version is not None:
-        return version
+    return version or last_change(table)[1] or None
+
+
+def last_change(table: Table) -> tuple[datetime, str]:
+    """When a version was last published or rolled back to, and which (a time long ago if never)."""
     events = [(entry.published_at, name) for name, entry in version_entries(table).items()]
     events += [(entry.rolled_back_at, entry.to_version) for entry in rollback_entries(table)]
-    return max(events)[1] if events else None
+    return max(events, default=(datetime.min.replace(tzinfo=UTC), ""))
 
 
 def _entries(table: Table, prefix: str, kind: type[Entry]) -> dict[str, Entry]:

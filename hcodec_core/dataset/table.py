@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from hcodec_core.config import Config
 from hcodec_core.dataset.layout import DatasetLayout
+from hcodec_core.dataset.ledger import last_change
 from hcodec_core.dataset.schema import METRICS_PROPERTIES, token_schema
 from hcodec_core.errors import CommitConflictError, ConfigError, HCodecError, StorageError
 from hcodec_core.jobs import TokenizeJob
@@ -105,6 +106,38 @@ def find_table(layout: DatasetLayout) -> Table | None:
             return None
     _check_identity(table, layout)
     return table if main_snapshot_id(table) is not None else None
+
+
+def find_layout(config: Config, dataset: str, encode_id: str | None = None) -> DatasetLayout:
+    """The one table of a dataset, of several the one whose ``encode_id`` begins so.
+
+    Without ``encode_id``, of several the one that was published last. Raises ``ConfigError`` when
+    there is none, or more than one begins so.
+    """
+    found = _tables_of(config, dataset)
+    known = {table.properties["hcodec.encode-id"]: table for table in found}
+    fitting = [name for name in sorted(known) if name.startswith(encode_id or "")]
+    if not fitting or (encode_id and len(fitting) > 1):
+        names = ", ".join(name[:12] for name in sorted(known)) or "none"
+        raise ConfigError(
+            f"No single table of dataset {dataset!r} fits encode id {encode_id or '(any)'}: check "
+            f"the name; its encode ids: {names}."
+        )
+    return DatasetLayout(config, dataset, max(fitting, key=lambda n: last_change(known[n])))
+
+
+def _tables_of(config: Config, dataset: str) -> list[Table]:
+    from pyiceberg.exceptions import NoSuchNamespaceError
+
+    catalog = open_catalog(config)
+    with catalog_errors("listing tables"):
+        try:
+            names = catalog.list_tables(config.catalog.namespace)
+        except NoSuchNamespaceError:
+            return []
+        wanted = [name for name in names if name[-1].startswith(f"{dataset}__")]
+        tables = [catalog.load_table(name) for name in wanted]
+    return [table for table in tables if "hcodec.encode-id" in table.properties]
 
 
 def load_table(layout: DatasetLayout) -> Table:
