@@ -178,9 +178,8 @@ def _too_long(settings: DecodeSettings) -> AudioError:
 
 
 def _check_finite(block: Samples, start_frame: int) -> None:
-    is_finite = np.isfinite(block).all(axis=1)
-    if not is_finite.all():
-        frame = start_frame + int(np.argmin(is_finite))
+    if not np.isfinite(block).all():
+        frame = start_frame + int(np.argmin(np.isfinite(block).all(axis=1)))
         raise AudioError(
             QuarantineReason.NON_FINITE,
             f"Sample frame {frame} of the file is not a finite number: write the file again.",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,32 +187,6 @@ class _FilledIn(io.RawIOBase):
         super().close()
 
 
-@dataclass
-class _Gather:
-    """Joins the short frames of FFmpeg to blocks, and drops frames beyond ``limit``."""
-
-    limit: int | None
-    num_frames: int = 0
-    num_pending: int = 0
-
-    def __post_init__(self) -> None:
-        self._pending: list[Samples] = []
-
-    def add(self, frame: Samples) -> None:
-        """Take one piece [frames, channels]."""
-        if self.limit is not None:
-            frame = frame[: max(0, self.limit - self.num_frames)]
-        self.num_frames += len(frame)
-        self.num_pending += len(frame)
-        self._pending.append(frame)
-
-    def take(self) -> Samples:
-        """All that is pending as one block."""
-        block = np.concatenate(self._pending)
-        self._pending, self.num_pending = [], 0
-        return block
-
-
 class _FfmpegReader:
     """FFmpeg with one named demuxer and the first audio track."""
 
@@ -237,33 +210,52 @@ class _FfmpegReader:
             raise undecodable(
                 f"The {layout.container} file cannot be opened: {error.strerror}"
             ) from error
-        self._stream: Any = next(iter(self._container.streams.audio), None)
-        self._check_stream()
-        # Only a decoded frame tells the rate and channels of HE-AAC.
-        self.sample_rate, self.num_channels = 0, 0
-        self._decoded: Iterator[Samples] = self._frames()
+        self._stream = self._audio_stream()
+        self.sample_rate: int = self._stream.codec_context.sample_rate
+        self.num_channels: int = self._stream.codec_context.layout.nb_channels
+        self._decoded: Iterator[Any] = self._frames()
         first = next(self._decoded, None)
-        self._decoded = chain([] if first is None else [first], self._decoded)
+        if first is not None:
+            # Only a decoded frame tells the true rate and channels of HE-AAC.
+            self.sample_rate, self.num_channels = first.sample_rate, first.layout.nb_channels
+            self._decoded = chain([first], self._decoded)
 
-    def _check_stream(self) -> None:
-        stream = self._stream
-        codec = stream.codec_context.name if stream is not None else "none"
-        if codec not in _CODECS[self._layout.container]:
+    def _audio_stream(self) -> Any:
+        stream = next(iter(self._container.streams.audio), None)
+        codec = "none" if stream is None else stream.codec_context.name
+        if stream is None or codec not in _CODECS[self._layout.container]:
             self.close()
             raise undecodable(f"The {self._layout.container} file holds audio codec {codec!r}.")
         # One thread: the supervisor runs one process per core already.
         stream.codec_context.thread_count = 1
+        return stream
 
     def blocks(self) -> Iterator[Samples]:
-        gather = _Gather(self._scaled(self._layout.trim_frames))
-        for frame in self._decoded:
-            gather.add(frame)
-            if gather.num_pending >= BLOCK_FRAMES:
-                yield gather.take()
-        if gather.num_pending:
-            yield gather.take()
+        limit = self._scaled(self._layout.trim_frames)
+        num_frames = 0
+        for joined in self._joined():
+            block = self._to_block(joined)
+            if limit is not None:
+                block = block[: max(0, limit - num_frames)]
+            num_frames += len(block)
+            if len(block):
+                yield block
         promised = self._scaled(self._layout.num_frames)
-        _check_count(gather.num_frames, promised, self._layout.container)
+        _check_count(num_frames, promised, self._layout.container)
+
+    def _joined(self) -> Iterator[Any]:
+        """The short frames of the decoder joined to long ones."""
+        from av import AudioFifo
+
+        queue = AudioFifo()
+        for frame in self._decoded:
+            self._check_form(frame)
+            frame.pts = None  # The queue refuses gaps in time, which edit lists make.
+            queue.write(frame)
+            if queue.samples >= BLOCK_FRAMES:
+                yield queue.read(BLOCK_FRAMES)
+        if queue.samples:
+            yield queue.read(queue.samples)
 
     def _scaled(self, num_frames: int | None) -> int | None:
         """Sample frames counted in the container's time scale, at the decoder's rate."""
@@ -272,7 +264,7 @@ class _FfmpegReader:
             return num_frames
         return -(-num_frames * self.sample_rate // scale)
 
-    def _frames(self) -> Iterator[Samples]:
+    def _frames(self) -> Iterator[Any]:
         """Decoded frames; data that fail are damage unless nothing decodable follows them."""
         has_failed = False
         for packet in self._packets():
@@ -287,7 +279,7 @@ class _FfmpegReader:
                     raise undecodable(
                         f"The {self._layout.container} data are damaged: copy the file again."
                     )
-                yield self._to_float(frame)
+                yield frame
         if has_failed and self._layout.container is not Container.MP3:
             raise undecodable(
                 f"The {self._layout.container} data are damaged at the end: copy the file again."
@@ -302,15 +294,14 @@ class _FfmpegReader:
                 f"The {self._layout.container} file cannot be read on: copy it again."
             ) from error
 
-    def _to_float(self, frame: Any) -> Samples:
-        if self.sample_rate == 0:
-            self.sample_rate, self.num_channels = frame.sample_rate, frame.layout.nb_channels
+    def _check_form(self, frame: Any) -> None:
         if frame.sample_rate != self.sample_rate or frame.layout.nb_channels != self.num_channels:
             raise undecodable("The audio changes its sample rate or channels on the way: split it.")
+
+    def _to_block(self, frame: Any) -> Samples:
         data = frame.to_ndarray()
-        if not frame.format.is_planar:
-            data = data.reshape(-1, self.num_channels).T
-        return np.ascontiguousarray(_scaled_to_unit(data, frame.format.bits).T)
+        is_planar = frame.format.is_planar
+        return _scaled_to_unit(data.T if is_planar else data.reshape(-1, self.num_channels))
 
     def close(self) -> None:
         self._container.close()
@@ -322,10 +313,11 @@ def _pass_on_memory(error: Exception) -> None:
         raise error
 
 
-def _scaled_to_unit(data: npt.NDArray[Any], num_bits: int) -> Samples:
-    """Samples of any FFmpeg format as float32 in -1..1."""
-    if data.dtype.kind == "f":
-        return data.astype(np.float32)
+def _scaled_to_unit(data: npt.NDArray[Any]) -> Samples:
+    """Samples of any FFmpeg format as float32 in -1..1, in rows one after the other."""
+    samples = np.ascontiguousarray(data, dtype=np.float32)
     if data.dtype.kind == "u":
-        return (data.astype(np.float32) - 128) / np.float32(128)
-    return data.astype(np.float32) * np.float32(2.0 ** (1 - num_bits))
+        samples = (samples - np.float32(128)) / np.float32(128)
+    elif data.dtype.kind == "i":
+        samples *= np.float32(2.0 ** (1 - 8 * data.dtype.itemsize))
+    return samples

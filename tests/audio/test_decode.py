@@ -11,9 +11,10 @@ import pytest
 import soundfile
 import soxr
 
+from hcodec_core.audio.containers import Container, Layout
 from hcodec_core.audio.decode import DecodedInfo, DecodeSettings, Decoding, decode_all
 from hcodec_core.audio.mp3 import parse_frame_header
-from hcodec_core.audio.native import Samples
+from hcodec_core.audio.native import Samples, open_native
 from hcodec_core.errors import AudioError, ConfigError, QuarantineReason
 
 CLIPS = Path(__file__).parents[1] / "corpus" / "clips"
@@ -350,3 +351,11 @@ def test_names_are_never_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         path = Path("http:" + Path(file).name)
         path.write_bytes((CLIPS / file).read_bytes())
         assert decode_all(path, SETTINGS)[1] == decode_all(CLIPS / file, SETTINGS)[1]
+
+
+@pytest.mark.parametrize("container", [Container.MP3, Container.M4A, Container.FLAC])
+@pytest.mark.parametrize("file", ["broken/concat-script.flac", "broken/playlist.mp3"])
+def test_even_unsniffed_scripts_are_not_followed(container: Container, file: str) -> None:
+    """The second line of defence: FFmpeg's demuxer is named, so it does not guess a script."""
+    with pytest.raises(AudioError):
+        list(open_native(CLIPS / file, Layout(container)).blocks())
