@@ -52,8 +52,8 @@ __all__ = [
     "pending_shards",
     "perplexity",
     "publish_result",
-    "read_results",
     "release_attempts_of",
+    "results_by_shard",
     "upload_shard",
 ]
 
@@ -147,6 +147,15 @@ def pending_shards(
     folder = results_uri(job.plan_uri) + "/"
     names = {info.uri.removeprefix(folder) for info in list_folder(storage, folder)}
     return [shard for shard in shards if f"{shard.shard_id}.json" not in names]
+
+
+def results_by_shard(storage: Storage, job: TokenizeJob) -> dict[str, ShardResult]:
+    """All results that are there, by shard id: for small plans, tools and tests.
+
+    Raises ``ConfigError`` for one that is not readable.
+    """
+    found = read_results(storage, job.plan_uri, lambda result: result)
+    return {result.shard_id: result for result in found}
 
 
 def release_attempts_of(

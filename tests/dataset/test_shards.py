@@ -22,7 +22,7 @@ from hcodec_core.dataset.shards import (
     pending_shards,
     perplexity,
     publish_result,
-    read_results,
+    results_by_shard,
     upload_shard,
 )
 from hcodec_core.errors import ConfigError, StorageError
@@ -245,7 +245,7 @@ def test_of_two_results_one_stands_and_only_the_losers_file_goes(
     assert publish_result(s3_storage, job, results[0]), "a repeated call is the same result"
     left = [info.uri for info in s3_storage.list_objects(job.data_uri + "/")]
     assert left == [results[0].data_file.uri]
-    assert read_results(s3_storage, job.plan_uri) == {SHARD.shard_id: results[0]}
+    assert results_by_shard(s3_storage, job) == {SHARD.shard_id: results[0]}
     late_failure = result_of(job, attempt=3, status="failed", error="gave up")
     assert not publish_result(s3_storage, job, late_failure)
 
@@ -262,7 +262,7 @@ def test_a_result_whose_answer_was_lost_keeps_its_file(
     with pytest.raises(StorageError):
         publish_result(behind_proxy, job, result)
     assert s3_storage.head(data_file.uri) is not None
-    assert read_results(s3_storage, job.plan_uri) == {SHARD.shard_id: result}
+    assert results_by_shard(s3_storage, job) == {SHARD.shard_id: result}
 
 
 def write_plan_files(storage: Storage, job: TokenizeJob, tmp_path: Path) -> None:
