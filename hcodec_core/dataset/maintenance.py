@@ -1,0 +1,144 @@
+"""Cleaning up behind plans that failed, commits that lost a race, and snapshots that expired.
+
+Nothing else removes such files: Iceberg's expiry leaves data files, catalogs leave the metadata of
+losers. Callers hold the dataset's lock; what is younger than an age floor, or belongs to a plan
+that may still be committed, is spared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from hcodec_core.dataset.layout import DatasetLayout
+from hcodec_core.dataset.ledger import PlanState, plan_entries
+from hcodec_core.dataset.results import read_results
+from hcodec_core.dataset.table import catalog_errors, load_table
+from hcodec_core.dataset.tabular import list_folder
+from hcodec_core.errors import ConfigError
+from hcodec_core.jobs import JOB_FILE, ShardResult
+from hcodec_core.storage import ObjectInfo, Storage, join_uri
+
+if TYPE_CHECKING:
+    from pyiceberg.table import Table
+
+logger = logging.getLogger(__name__)
+
+LEAST_AGE = timedelta(hours=1)
+_CLOSED = (PlanState.PUBLISHED, PlanState.REJECTED)
+
+
+class SweepReport(BaseModel):
+    """Objects that nothing refers to. ``num_bytes`` of them; ``uris``: the first of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    is_dry_run: bool
+    num_kept: int
+    num_orphans: int
+    num_bytes: int
+    uris: list[str]
+
+
+def expire_snapshots(layout: DatasetLayout, older_than: datetime) -> int:
+    """Forget snapshots that no version, branch or tag names; returns how many.
+
+    Versions keep their snapshots, and the ledger keeps what was committed. The files stay until
+    they are swept.
+    """
+    table = load_table(layout)
+    before = len(table.snapshots())
+    with catalog_errors("expiring snapshots"):
+        table.maintenance.expire_snapshots().older_than(older_than).commit()
+    return before - len(load_table(layout).snapshots())
+
+
+def sweep_orphans(
+    storage: Storage,
+    layout: DatasetLayout,
+    min_age: timedelta = timedelta(days=3),
+    open_plan_age: timedelta = timedelta(days=30),
+    *,
+    dry_run: bool = True,
+    max_named: int = 1000,
+) -> SweepReport:
+    """Delete files of the table's folder that no snapshot and no open plan refers to.
+
+    A plan is open until it is published, rejected, or ``open_plan_age`` old. Raises ``ConfigError``
+    for a ``min_age`` below one hour: files of running writers would look like orphans.
+    """
+    if min_age < LEAST_AGE:
+        raise ConfigError("A sweep needs an age floor of at least one hour: raise min_age.")
+    now = datetime.now(UTC)
+    # Listed before the references are read: what is written in between is not in the list.
+    listed = list_folder(storage, layout.table_uri)
+    table = load_table(layout)
+    spared_folders, spared = _open_plans(storage, layout, table, now - open_plan_age)
+    spared |= referenced_uris(table)
+    orphans = [
+        info
+        for info in listed
+        if info.uri not in spared
+        and not info.uri.startswith(tuple(spared_folders))
+        and info.last_modified < now - min_age
+    ]
+    if not dry_run:
+        storage.delete(info.uri for info in orphans)
+    logger.info("sweep of %s: %d orphans of %d", layout.table_uri, len(orphans), len(listed))
+    return SweepReport(
+        is_dry_run=dry_run,
+        num_kept=len(listed) - len(orphans),
+        num_orphans=len(orphans),
+        num_bytes=sum(info.size for info in orphans),
+        uris=[info.uri for info in orphans[:max_named]],
+    )
+
+
+def referenced_uris(table: Table) -> set[str]:
+    """All objects that any snapshot of the table, or the table itself, refers to."""
+    with catalog_errors("reading what the table refers to"):
+        uris = {table.metadata_location}
+        uris |= {entry.metadata_file for entry in table.metadata.metadata_log}
+        uris |= {file.statistics_path for file in table.metadata.statistics}
+        manifests = {}
+        for snapshot in table.snapshots():
+            uris.add(snapshot.manifest_list)
+            manifests.update({m.manifest_path: m for m in snapshot.manifests(table.io)})
+        uris |= manifests.keys()
+        for manifest in manifests.values():
+            entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+            uris |= {entry.data_file.file_path for entry in entries}
+    return uris
+
+
+def _open_plans(
+    storage: Storage, layout: DatasetLayout, table: Table, opened_after: datetime
+) -> tuple[list[str], set[str]]:
+    """Data folders of open plans, and the files that their results name (also of other plans)."""
+    closed = {plan_id for plan_id, entry in plan_entries(table).items() if entry.state in _CLOSED}
+    folders: list[str] = []
+    named: set[str] = set()
+    for plan_id in _plan_ids(list_folder(storage, layout.plans_uri), opened_after):
+        if plan_id not in closed:
+            folders.append(layout.plan_data_uri(plan_id) + "/")
+            named.update(*read_results(storage, layout.plan_uri(plan_id), _data_uris))
+    return folders, named
+
+
+def _plan_ids(objects: Iterable[ObjectInfo], opened_after: datetime) -> list[str]:
+    jobs = [info for info in objects if info.uri.endswith("/" + JOB_FILE)]
+    return [info.uri.split("/")[-2] for info in jobs if info.last_modified > opened_after]
+
+
+def _data_uris(result: ShardResult) -> set[str]:
+    return set() if result.data_file is None else {result.data_file.uri}
+
+
+def plan_uris(storage: Storage, layout: DatasetLayout) -> list[str]:
+    """Folders of all plans of a dataset."""
+    ids = _plan_ids(list_folder(storage, layout.plans_uri), datetime.min.replace(tzinfo=UTC))
+    return [join_uri(layout.plans_uri, plan_id) for plan_id in ids]

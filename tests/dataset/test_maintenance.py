@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+import pytest
+
+from hcodec_core.dataset.maintenance import SweepReport, expire_snapshots, sweep_orphans
+from hcodec_core.dataset.reader import open_dataset
+from hcodec_core.dataset.table import SnapshotChange, load_table
+from hcodec_core.dataset.tabular import list_folder
+from hcodec_core.errors import CommitConflictError, ConfigError
+from hcodec_core.storage import join_uri
+from tests.dataset.factories import World, by_shard, fail_shard, finish_shard, job_of
+
+
+def names(count: int) -> list[str]:
+    return [f"{index:03d}.wav" for index in range(count)]
+
+
+def age_everything(world: World, days: float) -> None:
+    then = time.time() - days * 86400
+    for path in (world.local_path / "root" / "out").rglob("*"):
+        os.utime(path, (then, then))
+
+
+def sweep(world: World, **changes: object) -> SweepReport:
+    return sweep_orphans(world.storage, world.layout, **{"dry_run": False, **changes})  # type: ignore[arg-type]
+
+
+def table_objects(world: World) -> set[str]:
+    return {info.uri for info in list_folder(world.storage, world.layout.table_uri)}
+
+
+def test_orphans_go_and_everything_else_stays(local_world: World) -> None:
+    """Guard 5: neither expiry nor anything else of Iceberg removes files."""
+    local_world.put(*names(4))
+    local_world.version(num_shards=2)
+    local_world.put("001.wav", data="new")
+    local_world.version()
+    before = table_objects(local_world)
+    orphan = join_uri(local_world.layout.data_uri, "lost", "x.parquet")
+    local_world.storage.write(orphan, b"1234")
+    age_everything(local_world, 10)
+    report = sweep(local_world, dry_run=True)
+    assert (report.uris, report.num_bytes, report.is_dry_run) == ([orphan], 4, True)
+    assert orphan in table_objects(local_world)
+    assert sweep(local_world).num_orphans == 1
+    assert table_objects(local_world) == before
+    for version in ("v1", "v2"):
+        rows = list(open_dataset(local_world.config, "demo", version))
+        assert len(rows) == 4
+
+
+def test_files_of_expired_snapshots_go(local_world: World) -> None:
+    """Guard 5, and the ledger: expiry takes no version away."""
+    local_world.put(*names(3))
+    local_world.version()
+    table = load_table(local_world.layout)
+    table.append(table.scan().to_arrow(), branch="scratch")
+    table.manage_snapshots().remove_branch("scratch").commit()
+    assert expire_snapshots(local_world.layout, datetime.now() + timedelta(days=1)) >= 1
+    age_everything(local_world, 10)
+    report = sweep(local_world)
+    assert any("/data/" in uri and uri.endswith(".parquet") for uri in report.uris)
+    assert len(list(open_dataset(local_world.config, "demo", "v1"))) == 3
+    assert local_world.plan().is_empty
+
+
+def test_young_files_and_open_plans_are_spared(local_world: World) -> None:
+    local_world.put(*names(4))
+    local_world.version()
+    local_world.put(*(f"new{name}" for name in names(4)))
+    plan = local_world.plan(num_shards=2)
+    results = local_world.work(plan)
+    assert results[0].data_file is not None
+    young = join_uri(local_world.layout.data_uri, "lost", "young.parquet")
+    age_everything(local_world, 10)
+    local_world.storage.write(young, b"1")
+    assert sweep(local_world).num_orphans == 0
+    age_everything(local_world, 31)
+    report = sweep(local_world)
+    assert {young, results[0].data_file.uri} <= set(report.uris)
+
+
+def test_files_taken_over_from_a_failed_generation_are_spared(local_world: World) -> None:
+    local_world.put("seed.wav")
+    local_world.version()
+    local_world.put(*names(4))
+    plan = local_world.plan(num_shards=2)
+    job = job_of(local_world.storage, plan.plan_uri)
+    first, second = by_shard(local_world.files(plan))
+    done = finish_shard(local_world.storage, job, first)
+    fail_shard(local_world.storage, job, second)
+    age_everything(local_world, 31)  # the first generation is no open plan any more
+    retry = local_world.plan(num_shards=2)
+    assert retry.generation == 1
+    assert done.data_file is not None
+    age_everything(local_world, 10)
+    os.utime(local_world.local_path / plan.plan_uri.removeprefix("file://") / "job.json", (0, 0))
+    sweep(local_world)
+    assert local_world.storage.head(done.data_file.uri) is not None
+
+
+def test_the_litter_of_losers_goes(local_world: World) -> None:
+    """Guard 12: two writers with one handle each; the loser's files are referred to by nothing."""
+    local_world.put("a.wav")
+    record = local_world.version()
+    handles = [load_table(local_world.layout) for _ in range(2)]
+    for table in handles:
+        change = SnapshotChange(table, "scratch", record.snapshot_id)
+        change.stage([], [], {})
+        with suppress(CommitConflictError):
+            change.commit({})
+    litter = join_uri(local_world.layout.table_uri, "metadata", "00099-loser.metadata.json")
+    local_world.storage.write(litter, b"{}")  # what a catalog's lost compare-and-swap leaves
+    age_everything(local_world, 10)
+    assert litter in sweep(local_world).uris
+    assert sweep(local_world).num_orphans == 0
+    assert len(open_dataset(local_world.config, "demo", "scratch")) == 1
+
+
+def test_a_sweep_without_an_age_floor_is_refused(local_world: World) -> None:
+    with pytest.raises(ConfigError, match="age floor"):
+        sweep(local_world, min_age=timedelta(minutes=59))
+
+
+def test_a_sweep_of_a_bucket_finds_nothing_young(s3_world: World) -> None:
+    s3_world.put("a.wav")
+    s3_world.version()
+    report = sweep(s3_world, min_age=timedelta(hours=1))
+    assert (report.num_orphans, report.num_kept) == (0, len(table_objects(s3_world)))
