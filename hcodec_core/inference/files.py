@@ -1,0 +1,207 @@
+"""Files and folders on this machine to tokens and back, without Airflow, catalog or bucket.
+
+Encoding is an ordinary plan in a scratch folder, worked on by an ordinary worker, so that a file
+here gets the codes that it would get in a dataset. The result is one Parquet file with the columns
+of the token table; its metadata names codec and settings.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hcodec_core.codecs import load_manifest
+from hcodec_core.config import AccessConfig, CatalogConfig, Config, WorkConfig
+from hcodec_core.dataset.inventory import take_inventory
+from hcodec_core.dataset.plan import make_plan
+from hcodec_core.dataset.plan_documents import PlanRequest
+from hcodec_core.dataset.schema import WRITER_OPTIONS, arrow_schema, codes_column, unflatten_codes
+from hcodec_core.dataset.shards import results_by_shard
+from hcodec_core.errors import EXIT_OK, ConfigError, PreemptedError, StorageError
+from hcodec_core.inference.engine import Clip, ClipTokens, Engine
+from hcodec_core.inference.worker import WorkerOptions, run_worker
+from hcodec_core.jobs import JOB_FILE, FileOutcome, TokenizeJob, read_job
+from hcodec_core.storage import Storage, join_uri, open_storage
+from hcodec_core.tokens import CodecManifest, CodecSpec, Codes, EncodeSettings
+
+_METADATA_KEY = b"hcodec"
+_NAME = "files"
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What ``encode_files`` did: counts, and the outcome of every file."""
+
+    num_files: int
+    audio_seconds: float
+    num_tokens: int
+    outcomes: Sequence[FileOutcome]
+
+
+class LocalEncoding:
+    """One encoding of local files in a scratch folder; ``job`` shows where progress is written."""
+
+    def __init__(
+        self, paths: Sequence[Path], codec_uri: str, settings: EncodeSettings, scratch_path: Path
+    ) -> None:
+        """Plan the work.
+
+        Raises:
+            ConfigError: A path does not exist, or nothing is there to encode.
+        """
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            raise ConfigError(f"{missing[0]} does not exist: name audio files or folders of them.")
+        self.scratch_path = scratch_path
+        config = _scratch_config(scratch_path)
+        self.storage: Storage = open_storage(config.storage)
+        inventory_uri = join_uri(config.work.work_uri, "inventory")
+        take_inventory(config, self.storage, [_uri_of(path) for path in paths], inventory_uri)
+        request = PlanRequest(
+            dataset=_NAME,
+            inventory_uri=inventory_uri,
+            codec_uri=codec_uri,
+            manifest=load_manifest(codec_uri),
+            settings=settings,
+            num_shards=1,
+        )
+        plan = make_plan(config, self.storage, request)
+        if plan.is_empty:
+            raise ConfigError(f"There are no files in {', '.join(map(str, paths))}.")
+        self.job_uri = join_uri(plan.plan_uri, JOB_FILE)
+        self.job: TokenizeJob = read_job(self.storage.read(self.job_uri))
+
+    def run(self, options: WorkerOptions, out_path: Path, stop: threading.Event) -> EncodeReport:
+        """Encode everything into the Parquet file ``out_path``.
+
+        Raises:
+            PreemptedError: ``stop`` was set.
+            StorageError: The worker gave up; its log says why.
+        """
+        code = run_worker(self.job_uri, self.storage, options, stop)
+        if stop.is_set():
+            raise PreemptedError(f"Encoding was stopped; {out_path} was not written.")
+        if code != EXIT_OK:
+            raise StorageError("Encoding gave up after several failures: see the log (--verbose).")
+        results = list(results_by_shard(self.storage, self.job).values())
+        failed = [result.error for result in results if result.status == "failed"]
+        if failed:
+            raise StorageError(f"Encoding failed: {failed[0]}")
+        files = [result.data_file.uri for result in results if result.data_file is not None]
+        _join_parquet(self.job, [Path(uri.removeprefix("file://")) for uri in files], out_path)
+        return EncodeReport(
+            num_files=self.job.num_files,
+            audio_seconds=sum(result.audio_seconds for result in results),
+            num_tokens=sum(result.num_tokens for result in results),
+            outcomes=[outcome for result in results for outcome in result.outcomes],
+        )
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """One row of a token file: the source's URI and its tokens."""
+
+    uri: str
+    tokens: ClipTokens
+
+
+class TokenFile:
+    """A Parquet file of tokens made by ``LocalEncoding``.
+
+    Raises ``ConfigError`` when it cannot be read or does not name its codec.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what the file says of itself; rows are read when asked for."""
+        try:
+            self._file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"{path} is no readable Parquet file of tokens.") from error
+        text = (self._file.schema_arrow.metadata or {}).get(_METADATA_KEY)
+        if text is None:
+            raise ConfigError(f"{path} does not say which codec made it: encode with hcodec.")
+        stored = json.loads(text)
+        self.codec_uri: str = stored["codec_uri"]
+        self.manifest = CodecManifest.model_validate(stored["manifest"])
+        self.settings = EncodeSettings.model_validate(stored["settings"])
+        self.num_rows: int = self._file.metadata.num_rows
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The codec as it was run."""
+        return CodecSpec(self.manifest, self.settings)
+
+    def rows(self) -> Iterator[StoredTokens]:
+        """Rows in the order of the file."""
+        for batch in self._file.iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield self._row(row)
+
+    def _row(self, row: dict[str, object]) -> StoredTokens:
+        codes: dict[str, Codes] = {}
+        for stream in self.manifest.streams:
+            name = codes_column(stream.name)
+            flat = np.asarray(row[name], dtype=np.int32)
+            num_codebooks = int(str(row[f"{name}_num_codebooks"]))
+            codes[stream.name] = unflatten_codes(flat, num_codebooks)
+        spans = row["frame_spans"]
+        tokens = ClipTokens(
+            codes=codes,
+            num_frames=int(str(row["num_frames"])),
+            num_samples=int(str(row["num_samples"])),
+            frame_spans=None if spans is None else np.asarray(spans, dtype=np.int32),
+        )
+        return StoredTokens(str(row["uri"]), tokens)
+
+
+def decode_rows(
+    file: TokenFile, engine: Engine, num_codebooks: int | None = None
+) -> Iterator[tuple[str, Clip]]:
+    """Source URI and audio (float32 [N]) of every row of a token file.
+
+    Raises ``ForeignTokensError`` when ``engine``'s codec has other codebooks.
+    """
+    codebook_id = file.spec.codebook_id
+    for row in file.rows():
+        yield row.uri, engine.decode_clips([row.tokens], num_codebooks, codebook_id)[0]
+
+
+def _scratch_config(scratch_path: Path) -> Config:
+    root = f"file://{quote(str(scratch_path.resolve()))}"
+    return Config(
+        access=AccessConfig(source_prefixes=("file:///",), destination_prefixes=(root,)),
+        catalog=CatalogConfig(
+            uri=f"sqlite:///{scratch_path.resolve()}/catalog.db", warehouse_uri=f"{root}/warehouse"
+        ),
+        work=WorkConfig(work_uri=f"{root}/work"),
+    )
+
+
+def _uri_of(path: Path) -> str:
+    uri = f"file://{quote(str(path.resolve()), safe='/ ')}"
+    return uri + "/" if path.is_dir() else uri
+
+
+def _join_parquet(job: TokenizeJob, paths: Sequence[Path], out_path: Path) -> None:
+    described = {
+        "format_version": 1,
+        "codec_uri": job.codec_uri,
+        "manifest": job.manifest.model_dump(mode="json"),
+        "settings": job.settings.model_dump(mode="json"),
+        "encode_id": job.encode_id,
+    }
+    schema = arrow_schema(job.manifest).with_metadata({_METADATA_KEY: json.dumps(described)})
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(out_path, schema, **WRITER_OPTIONS) as writer:
+        for path in paths:
+            source = pq.ParquetFile(path)
+            for group in range(source.metadata.num_row_groups):
+                writer.write_table(source.read_row_group(group).cast(schema))
