@@ -32,7 +32,7 @@ from hcodec_core.storage import Storage, join_uri
 RowReader = Callable[[Sequence[str], Collection[str] | None], Iterable[pa.RecordBatch]]
 
 _RESULT_THREADS = 16
-_RESULTS_PER_CHUNK = 256
+_RESULTS_PER_CHUNK = 32  # bounds the outcomes that are held as objects
 
 _TABLES = {
     "plan": "shard_id VARCHAR, uri VARCHAR, etag VARCHAR",
@@ -183,25 +183,23 @@ class SnapshotFacts:
             chunk = shard_ids[start : start + _RESULTS_PER_CHUNK]
             self._add_results(list(read_results(storage, self.job, chunk)))
 
-    def _add_results(self, results: list[ShardResult]) -> None:
-        shards = [
-            {
-                "shard_id": result.shard_id,
-                "status": result.status,
-                "error": result.error,
-                "worker_seconds": result.timings.total_seconds,
-                "data_uri": result.data_file.uri if result.data_file else None,
-            }
-            for result in results
-        ]
-        outcomes = [
-            {"shard_id": result.shard_id, **outcome.model_dump(mode="json")}
-            for result in results
-            for outcome in result.outcomes
-        ]
-        self._insert("results", pa.Table.from_pylist(shards))
-        self._insert("outcomes", pa.Table.from_pylist(outcomes))
+    def _add_results(self, results: Sequence[ShardResult]) -> None:
+        shards = {
+            "shard_id": [result.shard_id for result in results],
+            "status": [result.status for result in results],
+            "error": [result.error for result in results],
+            "worker_seconds": [result.timings.total_seconds for result in results],
+            "data_uri": [result.data_file.uri if result.data_file else None for result in results],
+        }
+        self._insert("results", pa.table(shards))
         self.builds.update(_build_text(result.build) for result in results if result.build)
+        for result in results:
+            columns: dict[str, list[Any]] = {
+                name: [getattr(outcome, name) for outcome in result.outcomes]
+                for name in ("uri", "etag", "outcome", "reason", "detail", "audio_seconds")
+            }
+            columns["shard_id"] = [result.shard_id] * len(result.outcomes)
+            self._insert("outcomes", pa.table(columns))
 
     def _load_rows(self, rows: RowReader) -> None:
         manifest = self.job.manifest

@@ -62,21 +62,22 @@ class CodeCounter:
         lengths = _ints(pc.list_value_length(codes))
         wrong_length = (lengths != num_frames * books) | (books != self.stream.num_codebooks)
         flat = _flat(codes)
-        out_of_range = (flat < 0) | (flat >= self.stream.codebook_size)
-        if wrong_length.any():
-            right = codes.filter(pa.array(~wrong_length))
-            self._count(_flat(right))
-        else:
-            self._count(flat)
+        out_of_range = self._is_out_of_range(flat)
+        self._count(_flat(codes.filter(pa.array(~wrong_length))) if wrong_length.any() else flat)
         return _any_per_row(out_of_range, lengths), wrong_length
+
+    def _is_out_of_range(self, codes: npt.NDArray[np.int32]) -> Flags:
+        # Seen as unsigned, a negative code is a very large one: one comparison finds both kinds.
+        return codes.view(np.uint32) >= self.stream.codebook_size
 
     def _count(self, flat: npt.NDArray[np.int32]) -> None:
         frames = flat.reshape(-1, self.stream.num_codebooks)
-        size = self.stream.codebook_size
+        has_strays = bool(self._is_out_of_range(flat).any())
         for book in range(self.stream.num_codebooks):
             codes = frames[:, book]
-            codes = codes[(codes >= 0) & (codes < size)]
-            self.counts[book] += np.bincount(codes, minlength=size)
+            if has_strays:
+                codes = codes[~self._is_out_of_range(np.ascontiguousarray(codes))]
+            self.counts[book] += np.bincount(codes, minlength=self.stream.codebook_size)
 
 
 def needed_columns(manifest: CodecManifest) -> list[str]:
