@@ -199,11 +199,13 @@ class _FfmpegReader:
         options = {"protocol_whitelist": "file", "enable_drefs": "0", "use_absolute_path": "0"}
         demuxer = _DEMUXERS[layout.container]
         try:
-            # The explicit protocol keeps a name such as "http:x" a local name.
+            # The explicit protocol keeps a name such as "http:x" a local name. Tags are not read;
+            # by default one that is not UTF-8 would be an error.
             self._container: Any = av.open(
                 f"file:{path}",
                 format=demuxer,
                 options=options if demuxer == "mov" else {"protocol_whitelist": "file"},
+                metadata_errors="replace",
             )
         except FFmpegError as error:
             _pass_on_memory(error)
