@@ -771,6 +771,22 @@ def test_rows_that_a_later_plan_left_behind_are_found(
     }
 
 
+def test_plan_that_only_removes_rows_passes(local_world: factories.World, tmp_path: Path) -> None:
+    world = local_world
+    world.put(*(f"{index:02}.wav" for index in range(12)))
+    first = world.plan()
+    world.work(first)
+    published = commit_plan(world.config, world.storage, first.plan_uri)
+    RefChange(load_table(world.layout)).set_branch("main", published.snapshot_id).commit()
+    world.delete("11.wav")
+    result = validate(world, world.plan(), tmp_path / "work")
+    assert result.passed
+    assert (result.summary.num_files, result.summary.num_snapshot_rows) == (0, 11)
+    judged = {check.name: check.observed for check in result.checks}
+    assert judged["codebook_use"] is None
+    assert judged["outdated_rows_gone"] == 0
+
+
 def validate(world: factories.World, plan: Plan, work_path: Path) -> ValidationResult:
     work_path.mkdir()
     info = commit_plan(world.config, world.storage, plan.plan_uri)
