@@ -16,6 +16,7 @@ from hcodec_core.tokens import CodecManifest, StreamSpec
 def add_commands(commands: Commands) -> None:
     """Register the commands."""
     listing = commands.add_parser("codecs", help="list the codecs and what is known of them")
+    listing.add_argument("--all", action="store_true", help="also the tiny ones of the tests")
     add_json(listing)
     listing.set_defaults(handler=_codecs)
 
@@ -60,6 +61,8 @@ def _codecs(options: argparse.Namespace, output: Output) -> None:
     rows = []
     for family in FAMILIES:
         for name, make in presets(family).items():
+            if "tiny" in name and not options.all:
+                continue
             config = make()
             rate = Fraction(config.sample_rate, config.hop_length)
             rows.append(

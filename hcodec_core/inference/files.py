@@ -64,7 +64,8 @@ class LocalEncoding:
         config = _scratch_config(scratch_path)
         self.storage: Storage = open_storage(config.storage)
         inventory_uri = join_uri(config.work.work_uri, "inventory")
-        take_inventory(config, self.storage, [_uri_of(path) for path in paths], inventory_uri)
+        manifest_uri = _write_manifest(scratch_path, paths)
+        take_inventory(config, self.storage, [manifest_uri], inventory_uri)
         request = PlanRequest(
             dataset=_NAME,
             inventory_uri=inventory_uri,
@@ -74,8 +75,6 @@ class LocalEncoding:
             num_shards=1,
         )
         plan = make_plan(config, self.storage, request)
-        if plan.is_empty:
-            raise ConfigError(f"There are no files in {', '.join(map(str, paths))}.")
         self.job_uri = join_uri(plan.plan_uri, JOB_FILE)
         self.job: TokenizeJob = read_job(self.storage.read(self.job_uri))
 
@@ -185,9 +184,19 @@ def _scratch_config(scratch_path: Path) -> Config:
     )
 
 
+def _write_manifest(scratch_path: Path, paths: Sequence[Path]) -> str:
+    """A source manifest of all files named and all files in the folders named; its URI."""
+    found = [path.rglob("*") if path.is_dir() else [path] for path in paths]
+    files = sorted({file.resolve() for group in found for file in group if file.is_file()})
+    if not files:
+        raise ConfigError(f"There are no files in {', '.join(map(str, paths))}.")
+    manifest_path = scratch_path.resolve() / "sources.jsonl"
+    manifest_path.write_text("".join(json.dumps({"uri": _uri_of(file)}) + "\n" for file in files))
+    return _uri_of(manifest_path)
+
+
 def _uri_of(path: Path) -> str:
-    uri = f"file://{quote(str(path.resolve()), safe='/ ')}"
-    return uri + "/" if path.is_dir() else uri
+    return f"file://{quote(str(path), safe='/ ')}"
 
 
 def _join_parquet(job: TokenizeJob, paths: Sequence[Path], out_path: Path) -> None:
