@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator, SkipMixin
+from airflow.sdk.exceptions import AirflowFailException
 
 from hcodec_airflow.failures import task_failures
 from hcodec_airflow.links import REPORT_URL_KEY, ValidationReportLink
+from hcodec_airflow.locking import kept_alive
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from hcodec_airflow.requests import TokenizeRequest
 
 logger = logging.getLogger(__name__)
+_TALKATIVE = ("great_expectations", "pyiceberg", "botocore")
 
 
 class DatasetOperator(BaseOperator):
@@ -27,18 +30,26 @@ class DatasetOperator(BaseOperator):
 
     Args:
         request: Entries of ``requests.TokenizeRequest`` that the form does not have.
+        lock: What the lock task returned, kept alive meanwhile (templated).
     """
 
+    template_fields: Sequence[str] = ("lock",)
     ui_color = "#e8f0dd"
 
-    def __init__(self, *, request: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, request: Mapping[str, Any] | None = None, lock: Any = None, **kwargs: Any
+    ) -> None:
         """Keep what is fixed; the rest is in the run's parameters."""
         super().__init__(**kwargs)
         self.request = dict(request or {})
+        self.lock = lock
 
     def execute(self, context: Context) -> Any:
         """Do the step; errors of the product fail the task with their sentence."""
-        with task_failures():
+        # Their remarks by the hundred would hide the lines that matter in the task's log.
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with task_failures(), kept_alive(self.lock):
             return self.step(context)
 
     def step(self, context: Context) -> Any:
@@ -55,61 +66,52 @@ class DatasetOperator(BaseOperator):
 class LockDatasetOperator(DatasetOperator):
     """Takes the dataset's lock; while another run holds it, waits deferred and says for whom.
 
-    Returns what ``release`` and the job need to know of the lock. A dry run takes none.
+    Returns the lock for the other tasks' ``lock``; a dry run needs none and returns ``{}``.
     """
 
     ui_color = "#f3e6c8"
 
-    def step(self, context: Context) -> dict[str, Any] | None:
+    def step(self, context: Context) -> dict[str, Any]:
         """See the class."""
-        return self._acquire(context)
-
-    def acquire_again(self, context: Context, event: dict[str, Any]) -> dict[str, Any] | None:
-        """Try again when the trigger saw the lock free or stale."""
-        logger.info("%s", event["message"])
-        with task_failures():
-            return self._acquire(context)
-
-    def _acquire(self, context: Context) -> dict[str, Any] | None:
-        from hcodec_airflow import steps
+        from hcodec_airflow.locking import LockWait
 
         request = self.read_request(context)
         if request.dry_run:
             logger.info("Dry run: no lock is needed.")
-            return None
+            return {}
         task = context["ti"]
-        held = steps.acquire_lock(request.dataset, f"{task.dag_id}/{task.run_id}")
-        if held is None:
-            self._wait(request.dataset)
-        return held
+        owner = f"{task.dag_id}/{task.run_id}"
+        lock, message = LockWait(request.dataset, owner).ask()
+        logger.info("%s", message)
+        if lock is None:
+            self._wait(request.dataset, owner)
+        return lock or {}
 
-    def _wait(self, dataset: str) -> None:
+    def take_from_trigger(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """The lock that the trigger got. Fails when there was no use in asking on."""
+        if "error" in event:
+            raise AirflowFailException(event["error"])
+        logger.info("%s", event["message"])
+        lock: dict[str, Any] = event["lock"]
+        return lock
+
+    def _wait(self, dataset: str, owner: str) -> None:
         from hcodec_airflow.triggers import DatasetLockTrigger
 
-        self.defer(trigger=DatasetLockTrigger(dataset), method_name="acquire_again")
+        self.defer(trigger=DatasetLockTrigger(dataset, owner), method_name="take_from_trigger")
 
 
 class ReleaseLockOperator(DatasetOperator):
-    """Gives the dataset's lock back, whatever became of the run.
+    """Gives the dataset's lock back, whatever became of the run."""
 
-    Args:
-        lock: What the lock task returned (templated).
-    """
-
-    template_fields: Sequence[str] = ("lock",)
     ui_color = "#f3e6c8"
 
-    def __init__(self, *, lock: Any, **kwargs: Any) -> None:
-        """Keep where the lock's description comes from."""
-        super().__init__(**kwargs)
-        self.lock = lock
-
-    def step(self, context: Context) -> None:
+    def execute(self, context: Context) -> None:
         """See the class."""
-        from hcodec_airflow import steps
+        from hcodec_airflow.locking import release_lock
 
-        if self.lock is not None:
-            steps.release_lock(self.lock)
+        with task_failures():
+            release_lock(self.lock)
 
 
 class InventoryOperator(DatasetOperator):
@@ -132,7 +134,7 @@ class PlanOperator(DatasetOperator, SkipMixin):
         inventory: What the inventory task returned (templated).
     """
 
-    template_fields: Sequence[str] = ("inventory",)
+    template_fields: Sequence[str] = ("lock", "inventory")
     inherits_from_skipmixin = True
 
     def __init__(self, *, inventory: Any, **kwargs: Any) -> None:
@@ -160,7 +162,7 @@ class CommitOperator(DatasetOperator):
         plan: What the plan task returned (templated).
     """
 
-    template_fields: Sequence[str] = ("plan",)
+    template_fields: Sequence[str] = ("lock", "plan")
 
     def __init__(self, *, plan: Any, **kwargs: Any) -> None:
         """Keep where the plan's description comes from."""
@@ -184,7 +186,7 @@ class ValidateOperator(DatasetOperator):
         committed: What the commit task returned (templated).
     """
 
-    template_fields: Sequence[str] = ("committed",)
+    template_fields: Sequence[str] = ("lock", "committed")
     operator_extra_links = (ValidationReportLink(),)
 
     def __init__(self, *, committed: Any, **kwargs: Any) -> None:
@@ -214,7 +216,7 @@ class PublishOperator(DatasetOperator):
         report_uri: What the validate task returned (templated).
     """
 
-    template_fields: Sequence[str] = ("committed", "report_uri")
+    template_fields: Sequence[str] = ("lock", "committed", "report_uri")
 
     def __init__(self, *, committed: Any, report_uri: Any, **kwargs: Any) -> None:
         """Keep where the descriptions come from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from hcodec_airflow.backends.base import Backend, JobRequest, WorkerResources
+    from hcodec_airflow.progress import Progress
     from hcodec_airflow.settings import Settings
     from hcodec_core.jobs import TokenizeJob
 
@@ -84,18 +86,20 @@ class CodecJobOperator(BaseOperator):
             job = self._read_job(settings)
             request = self._request(job, settings)
             name = self._backend_name(settings)
+            progress = self._progress(job, settings)
+            if progress.num_shards_done >= job.num_shards:
+                logger.info("All %d shards are accounted for already.", job.num_shards)
+                return self._sums(asdict(progress))
             self._submit(name, request, context, settings)
         self._wait(name, request, job, str(context["ti"].id))
 
-    def execute_complete(
-        self, context: Context, event: dict[str, Any], backend: str, request: dict[str, Any]
-    ) -> dict[str, Any]:
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Judge the trigger's verdict; returns the sums over the job's workers."""
         if event["state"] == "done":
             logger.info("%s", event["message"])
-            return {"job_uri": request["job_uri"], **event["progress"]}
+            return self._sums(event["progress"])
         if not event["is_retryable"]:
-            self._stop_leftovers(backend, request, str(context["ti"].id))
+            self._stop_leftovers(event["backend"], event["request"], str(context["ti"].id))
         kind = AirflowException if event["is_retryable"] else AirflowFailException
         raise kind(f"Job {event['state']}: {event['message']}")
 
@@ -126,21 +130,29 @@ class CodecJobOperator(BaseOperator):
     def _wait(self, name: str, request: JobRequest, job: TokenizeJob, owner: str) -> None:
         from hcodec_airflow.triggers import CodecJobTrigger, request_as_values
 
-        values = request_as_values(request)
         trigger = CodecJobTrigger(
             backend=name,
-            request=values,
+            request=request_as_values(request),
             size={"num_shards": job.num_shards, "num_files": job.num_files},
             owner=owner,
             lock=self.lock if isinstance(self.lock, dict) else None,
             poll_seconds=self.poll_seconds,
         )
         # No timeout here: Airflow would end the trigger without on_kill and leave the workers.
-        self.defer(
-            trigger=trigger,
-            method_name="execute_complete",
-            kwargs={"backend": name, "request": values},
-        )
+        self.defer(trigger=trigger, method_name="execute_complete")
+
+    def _sums(self, progress: dict[str, Any]) -> dict[str, Any]:
+        names = ("num_shards_done", "num_files", "audio_seconds", "num_tokens")
+        return {"job_uri": self.job, **{name: progress[name] for name in names}}
+
+    @staticmethod
+    def _progress(job: TokenizeJob, settings: Settings) -> Progress:
+        from hcodec_airflow.progress import JobSize, ProgressReader, add_totals
+
+        progress = ProgressReader(settings.open_storage(), job.plan_uri).read()
+        is_done = progress.num_shards_done >= job.num_shards
+        size = JobSize(job.num_shards, job.num_files)
+        return add_totals(progress, size) if is_done else progress
 
     def _read_job(self, settings: Settings) -> TokenizeJob:
         from hcodec_core.jobs import read_job

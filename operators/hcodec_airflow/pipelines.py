@@ -71,28 +71,36 @@ def tokenize_dag(
         # Runs of a declared dataset would only wait for each other's lock.
         max_active_runs=1 if schedule else 16,
         params=dict(params),
+        render_template_as_native_obj=True,
         default_args=_RETRY,
         doc_md=_PAGE,
         tags=["hcodec", "tokenize"],
     ) as dag:
+        # Templates and not XComArgs: those draw an arrow from the lock to every task.
+        held = "{{ ti.xcom_pull('lock') }}"
+        planned = "{{ ti.xcom_pull('plan') }}"
+        committed = "{{ ti.xcom_pull('commit') }}"
         lock = LockDatasetOperator(task_id="lock", request=fixed)
-        inventory = InventoryOperator(task_id="inventory", request=fixed)
-        plan = PlanOperator(task_id="plan", request=fixed, inventory=inventory.output)
+        inventory = InventoryOperator(task_id="inventory", request=fixed, lock=held)
+        plan = PlanOperator(
+            task_id="plan", request=fixed, lock=held, inventory="{{ ti.xcom_pull('inventory') }}"
+        )
         tokenize = CodecJobOperator(
             task_id="tokenize",
             job="{{ ti.xcom_pull('plan')['job_uri'] }}",
             workers="{{ params.workers }}",
-            lock=lock.output,
+            lock=held,
         )
-        commit = CommitOperator(task_id="commit", plan=plan.output)
-        validate = ValidateOperator(task_id="validate", committed=commit.output)
+        commit = CommitOperator(task_id="commit", lock=held, plan=planned)
+        validate = ValidateOperator(task_id="validate", lock=held, committed=committed)
         publish = PublishOperator(
             task_id="publish",
-            committed=commit.output,
-            report_uri=validate.output,
+            lock=held,
+            committed=committed,
+            report_uri="{{ ti.xcom_pull('validate') }}",
             outlets=[outlet],
         )
-        release = ReleaseLockOperator(task_id="release", lock=lock.output)
+        release = ReleaseLockOperator(task_id="release", lock=held)
         release.as_teardown(setups=lock)
         lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release
     return dag

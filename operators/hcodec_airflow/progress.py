@@ -95,7 +95,7 @@ class ProgressMeter:
         ]
         if elapsed > 0:
             audio = progress.audio_seconds - self._first[1].audio_seconds
-            parts.append(f"{audio / elapsed:.0f} x real time")
+            parts.append(f"{audio / elapsed:.{0 if audio >= 10 * elapsed else 1}f} x real time")
             parts.append(f"ETA {self._eta(progress, files, elapsed)}")
         if not progress.num_files and progress.phases:
             parts.append(f"now {', '.join(progress.phases)}")

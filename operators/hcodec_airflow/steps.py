@@ -52,7 +52,12 @@ def inventory(request: TokenizeRequest, run: str) -> dict[str, Any]:
         resume=_is_unfinished(storage, out_uri),
         progress=lambda number: logger.info("%d objects listed", number),
     )
-    logger.info("%d objects, %.3f GB, in %s", info.num_files, info.num_bytes / 1e9, request.sources)
+    logger.info(
+        "%d objects, %s, in %s",
+        info.num_files,
+        size_text(info.num_bytes),
+        ", ".join(request.sources),
+    )
     return {
         "inventory_uri": info.inventory_uri,
         "num_files": info.num_files,
@@ -103,7 +108,7 @@ def describe_plan(made: Plan) -> list[str]:
         f"Listed {made.num_listed_files} files: {made.num_new_files} new, "
         f"{made.num_changed_files} changed, {made.num_unchanged_files} unchanged, "
         f"{made.num_quarantined_files} in quarantine; {made.num_tombstones} deleted",
-        f"To encode: {made.num_files} files, {made.num_bytes / 1e9:.3f} GB, about "
+        f"To encode: {made.num_files} files, {size_text(made.num_bytes)}, about "
         f"{made.audio_hours:.2f} h of audio in {made.num_shards} shards",
         f"Estimate: {made.worker_hours:.2f} worker hours, {made.cost:.2f} {made.currency}",
     ]
@@ -119,6 +124,11 @@ def describe_plan(made: Plan) -> list[str]:
     if made.exceeds_spend_cap:
         lines.append(f"This is above the spend cap of {made.spend_cap} {made.currency}.")
     return lines
+
+
+def size_text(num_bytes: int) -> str:
+    """A size for people."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _plan_outcome(made: Plan, request: TokenizeRequest) -> str:

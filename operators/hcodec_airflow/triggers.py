@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
@@ -12,21 +13,23 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from hcodec_airflow.backends import open_backend
 from hcodec_airflow.backends.base import JobRequest, WorkerResources
+from hcodec_airflow.locking import LockWait, renewer
 from hcodec_airflow.progress import JobSize, ProgressReader
 from hcodec_airflow.settings import read_settings
 from hcodec_airflow.states import JobState
 from hcodec_airflow.watch import JobWatch, Verdict
-from hcodec_core.errors import HCodecError
+from hcodec_core.errors import HCodecError, StorageError
 
 logger = logging.getLogger(__name__)
 _DEFERRED = "deferred"
+_REMARK_SECONDS = 60.0
 
 
 class CodecJobTrigger(BaseTrigger):
     """Waits for a job, restarts its workers, reports their progress in the task's log.
 
-    ``owner`` is the id of the task try that deferred. ``lock`` names the dataset lock to renew (see
-    ``steps.renew_lock``), None when there is none.
+    ``owner`` is the id of the task try that deferred. ``lock``: the dataset's lock to keep alive,
+    as the task ``lock`` returned it.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class CodecJobTrigger(BaseTrigger):
         return f"{__name__}.CodecJobTrigger", {name: getattr(self, name) for name in names}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Yield one event, the verdict as a dictionary (see ``watch.Verdict``)."""
+        """Yield one event: ``backend``, ``request`` and the entries of ``watch.Verdict``."""
         try:
             verdict = await self._watch()
         except HCodecError as error:
             verdict = Verdict(JobState.FAILED, str(error), is_retryable=error.retryable)
-        yield TriggerEvent(verdict.as_event())  # type: ignore[no-untyped-call]  # as above
+        # Names what it speaks of: ``dag.test`` hands a resumed task nothing but the event.
+        job = {"backend": self.backend, "request": self.request}
+        yield TriggerEvent(verdict.as_event() | job)  # type: ignore[no-untyped-call]  # as above
 
     async def on_kill(self) -> None:
         """Stop the workers, if this try's task is really no longer deferred.
@@ -89,6 +94,7 @@ class CodecJobTrigger(BaseTrigger):
             request,
             self.owner,
             JobSize(**self.size),
+            renew=renewer(self.lock),
         )
 
     def _kill(self) -> bool:
@@ -111,6 +117,45 @@ class CodecJobTrigger(BaseTrigger):
         name = task.task_id if task.map_index < 0 else f"{task.task_id}_{task.map_index}"
         state = states.get(task.run_id, {}).get(name)
         return None if state is None else str(getattr(state, "value", state))
+
+
+class DatasetLockTrigger(BaseTrigger):
+    """Waits until a run holds a dataset's lock; says in the task's log who holds it meanwhile."""
+
+    def __init__(self, dataset: str, owner: str, poll_seconds: float = 5.0) -> None:
+        """``owner`` names the run, as for ``LockWait``."""
+        super().__init__()  # type: ignore[no-untyped-call]  # Airflow leaves it untyped
+        self.dataset = dataset
+        self.owner = owner
+        self.poll_seconds = poll_seconds
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """See ``BaseTrigger``."""
+        names = ("dataset", "owner", "poll_seconds")
+        return f"{__name__}.DatasetLockTrigger", {name: getattr(self, name) for name in names}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Yield one event: ``lock`` and ``message``, or ``error`` when asking is of no use."""
+        try:
+            event = await self._wait()
+        except HCodecError as error:
+            event = {"error": str(error)}
+        yield TriggerEvent(event)  # type: ignore[no-untyped-call]  # as above
+
+    async def _wait(self) -> dict[str, Any]:
+        wait = await asyncio.to_thread(LockWait, self.dataset, self.owner)
+        said, next_remark = "", 0.0
+        while True:
+            try:
+                lock, message = await asyncio.to_thread(wait.ask)
+            except StorageError as error:
+                lock, message = None, f"{error} Asking again."
+            if lock is not None:
+                return {"lock": lock, "message": message}
+            if message != said or time.monotonic() >= next_remark:
+                logger.info("%s", message)
+                said, next_remark = message, time.monotonic() + _REMARK_SECONDS
+            await asyncio.sleep(self.poll_seconds)
 
 
 def request_as_values(request: JobRequest) -> dict[str, Any]:

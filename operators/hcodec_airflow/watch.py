@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOG_LINES = 20
 MAX_LINE_LENGTH = 400
-ENDING_GRACE_SECONDS = 30.0
+ENDING_GRACE_SECONDS = 5.0
 STORAGE_PATIENCE_SECONDS = 600.0
 _ENDING_POLL_SECONDS = 0.5
 
@@ -42,7 +42,7 @@ class Pace:
     """How often a watch speaks and renews, seconds."""
 
     report_seconds: float = 10.0
-    renew_seconds: float = 20.0
+    renew_seconds: float = 60.0
 
 
 class JobWatch:

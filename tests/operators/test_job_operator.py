@@ -139,7 +139,7 @@ async def test_done(job, run_script):
     assert deferred.timeout is None
     event = await _event(_rebuilt(deferred.trigger))
     assert event["state"] == "done"
-    result = getattr(operator, deferred.method_name)(_context(), event=event, **deferred.kwargs)
+    result = getattr(operator, deferred.method_name)(_context(), event=event)
     assert result["job_uri"] == f"{job.plan_uri}/job.json"
     assert (result["num_shards_done"], result["num_files"]) == (2, 4)
     assert (result["audio_seconds"], result["num_tokens"]) == (3.0, 150)
@@ -152,7 +152,7 @@ async def test_refused_job_is_not_retried(job, run_script):
     deferred = _defer(operator, _context())
     event = await _event(_rebuilt(deferred.trigger))
     with pytest.raises(AirflowFailException, match=r"Worker \d refused the job: No such device\."):
-        operator.execute_complete(_context(), event=event, **deferred.kwargs)
+        operator.execute_complete(_context(), event=event)
 
 
 async def test_workers_that_fail_are_retried(job, run_script):
@@ -161,8 +161,17 @@ async def test_workers_that_fail_are_retried(job, run_script):
     deferred = _defer(operator, _context())
     event = await _event(_rebuilt(deferred.trigger))
     with pytest.raises(AirflowException, match="2 of 2 shards pending") as caught:
-        operator.execute_complete(_context(), event=event, **deferred.kwargs)
+        operator.execute_complete(_context(), event=event)
     assert not isinstance(caught.value, AirflowFailException)
+
+
+async def test_a_finished_job_starts_no_workers(job, run_script, storage):
+    run_script(SLEEP)
+    for shard in range(2):
+        storage.write(f"{job.plan_uri}/results/s{shard}.json", b"{}")
+    result = _operator(job).execute(_context())
+    assert (result["num_shards_done"], result["num_files"]) == (2, 4)
+    assert storage.head(f"{job.plan_uri}/backend/tokenize-p1.json") is None
 
 
 def test_never_more_workers_than_shards(job, run_script):
@@ -285,7 +294,7 @@ async def test_trigger_does_not_block_the_event_loop(job, run_script, monkeypatc
 
 async def test_progress_is_in_the_log(job, run_script, caplog):
     caplog.set_level(logging.INFO)
-    run_script(FINISH + "\nimport time; time.sleep(1.0)")
+    run_script("import time; time.sleep(2.0)\n" + FINISH)
     deferred = _defer(_operator(job, poll_seconds=0.1), _context())
     await _event(_rebuilt(deferred.trigger))
     text = caplog.text

@@ -1,0 +1,192 @@
+"""The whole pipeline in a real Airflow: S3 server, real workers, shipped weights, real table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hcodec_core.config import load_config
+from hcodec_core.storage import open_storage
+
+pytestmark = pytest.mark.airflow
+
+ROOT = Path(__file__).parents[2]
+CLIPS = ROOT / "tests" / "corpus" / "clips"
+RUNNER = Path(__file__).with_name("run_dag.py")
+CONFIG = """
+[storage]
+endpoint_url = "{endpoint}"
+[access]
+source_prefixes = ["{bucket}/audio/"]
+destination_prefixes = ["{bucket}/tokens/"]
+[catalog]
+uri = "sqlite:///{folder}/catalog.db"
+warehouse_uri = "{bucket}/tokens/warehouse"
+[work]
+work_uri = "{bucket}/tokens/work"
+[cost]
+worker_hour = 1.0
+"""
+GOOD = ["english/weather-report.flac", "english/a short greeting.wav", "english/reading.mp3"]
+BAD = ["broken/truncated.flac"]
+
+
+class Installation:
+    """A migrated Airflow with this provider, and storage with some clips."""
+
+    def __init__(self, folder: Path, endpoint: str, bucket: str) -> None:
+        self.folder = folder
+        self.bucket = bucket
+        self.config_path = folder / "hcodec.toml"
+        self.config_path.write_text(CONFIG.format(endpoint=endpoint, bucket=bucket, folder=folder))
+        self.storage = open_storage(load_config(self.config_path).storage)
+        self.environment = {
+            **os.environ,
+            "AIRFLOW_HOME": str(folder / "airflow"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+            "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+            "AIRFLOW__HCODEC__CONFIG_FILE": str(self.config_path),
+            "AIRFLOW__HCODEC__REPORT_BASE_URL": endpoint,
+            "OMP_NUM_THREADS": "1",
+        }
+        self._python("-m", "airflow", "db", "migrate")
+
+    def put(self, name: str, prefix: str) -> None:
+        uri = f"{self.bucket}/audio/{prefix}/{Path(name).name}"
+        self.storage.write(uri, (CLIPS / name).read_bytes())
+
+    def run(self, *forms: dict[str, object]) -> list[dict]:
+        """Facts of runs of the manual DAG; their log is kept in ``log``."""
+        text = self._python(str(RUNNER), str(ROOT / "dags"), json.dumps(forms))
+        self.log, _, facts = text.partition("FACTS")
+        return json.loads(facts)
+
+    def _python(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory, s3_endpoint):
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="pipeline")
+    made = Installation(tmp_path_factory.mktemp("pipeline"), s3_endpoint, "s3://pipeline")
+    for name in GOOD:
+        made.put(name, "good")
+        made.put(name, "mixed")
+    for name in BAD:
+        made.put(name, "mixed")
+    return made
+
+
+@pytest.fixture(scope="module")
+def first_runs(installation):
+    form = {"source": "s3://pipeline/audio/good/", "dataset": "good"}
+    return installation.run({**form, "dry_run": True}, form, form), installation.log
+
+
+def test_dry_run_only_plans(first_runs):
+    (dry, _, _), log = first_runs
+    assert dry["state"] == "success"
+    assert dry["tasks"]["plan"] == "success"
+    skipped = {"tokenize", "commit", "validate", "publish"}
+    assert {task for task, state in dry["tasks"].items() if state == "skipped"} == skipped
+    assert dry["xcoms"]["plan.return_value"]["outcome"] == "dry run"
+    assert "Dry run: nothing is encoded." in log
+    assert dry["events"] == []
+
+
+def test_first_run_publishes_version_one(first_runs, installation):
+    (_, run, _), log = first_runs
+    assert run["state"] == "success"
+    assert set(run["tasks"].values()) == {"success"}
+    version = run["xcoms"]["publish.return_value"]
+    assert (version["dataset"], version["version"], version["num_rows"]) == ("good", "v1", 3)
+    ((event),) = run["events"]
+    assert event["uri"] == "x-hcodec://tokens/good"
+    assert event["extra"]["version"] == "v1"
+    assert event["extra"]["num_files"] == 3
+    assert "Job tokenize-" in log
+    assert "running 2/2 workers" in log
+
+
+def test_report_is_linked_and_there(first_runs, installation):
+    (_, run, _), _ = first_runs
+    url = run["xcoms"]["validate._link_ValidationReportLink"]
+    assert url == run["xcoms"]["validate.report_url"]
+    assert url.startswith("http://127.0.0.1:")
+    uri = run["xcoms"]["validate.return_value"]
+    assert url.endswith(uri.removeprefix("s3:/"))
+    assert b"<html" in installation.storage.read(uri)
+
+
+def test_xcoms_are_small(first_runs):
+    for run in first_runs[0]:
+        for name, value in run["xcoms"].items():
+            assert len(json.dumps(value)) < 4096, name
+
+
+def test_second_run_finds_nothing_new(first_runs):
+    (_, _, run), log = first_runs
+    assert run["state"] == "success"
+    assert run["tasks"]["plan"] == "success"
+    assert run["tasks"]["tokenize"] == run["tasks"]["publish"] == "skipped"
+    assert run["tasks"]["release"] == "success"
+    assert run["xcoms"]["plan.return_value"]["outcome"] == "nothing new"
+    assert "Nothing new: dataset good is up to date." in log
+
+
+@pytest.fixture(scope="module")
+def over_budget(installation):
+    form = {"source": "s3://pipeline/audio/mixed/", "dataset": "mixed", "max_bad_share": 0.0}
+    return installation.run(form, {**form, "max_bad_share": 0.5}), installation.log
+
+
+def test_failed_validation_fails_the_run_before_publish(over_budget):
+    (run, _), log = over_budget
+    assert run["state"] == "failed"
+    assert run["tasks"]["validate"] == "failed"
+    assert run["tasks"]["publish"] == "upstream_failed"
+    assert run["tasks"]["release"] == "success"
+    assert run["events"] == []
+    assert "truncated.flac" in log
+    assert run["xcoms"]["validate._link_ValidationReportLink"].startswith("http://")
+
+
+def test_larger_budget_lets_the_next_run_publish(over_budget):
+    (_, run), _ = over_budget
+    assert run["state"] == "success"
+    version = run["xcoms"]["publish.return_value"]
+    assert version["version"] == "v1"
+    assert version["outcomes"]["quarantined"] == 1
+    assert version["num_rows"] == 3
+
+
+def test_wrong_input_fails_at_once_with_a_sentence(installation):
+    form = {"source": "s3://pipeline/audio/good/", "dataset": "other"}
+    runs = installation.run(
+        {**form, "codec": "no-such-codec"}, {**form, "source": "s3://elsewhere/audio/"}
+    )
+    assert [run["state"] for run in runs] == ["failed", "failed"]
+    assert runs[0]["tasks"]["plan"] == "failed"
+    assert runs[1]["tasks"]["inventory"] == "failed"
+    assert all(run["tasks"]["release"] == "success" for run in runs)
+    assert "There is no codec named 'no-such-codec'" in installation.log
+    assert "s3://elsewhere/audio/ lies outside the allowed prefixes" in installation.log
