@@ -310,10 +310,6 @@ class LeaseTable:
         counted = sum(replace(made, is_latest=False).is_counted for made in before)
         return counted >= max_attempts
 
-    def forget(self, prefix_uri: str) -> None:
-        """Drop what is known of a lease whose work is done."""
-        self._seen.pop(prefix_uri, None)
-
     def _may_follow(self, prefix_uri: str, seen: _Seen) -> bool:
         try:
             return self._observe(prefix_uri, seen)
