@@ -76,6 +76,7 @@ def test_young_files_and_open_plans_are_spared(local_world: World) -> None:
     plan = local_world.plan(num_shards=2)
     results = local_world.work(plan)
     assert results[0].data_file is not None
+    local_world.storage.write(join_uri(plan.data_uri, "unfinished-1.parquet"), b"1")
     young = join_uri(local_world.layout.data_uri, "lost", "young.parquet")
     age_everything(local_world, 10)
     local_world.storage.write(young, b"1")
