@@ -252,8 +252,7 @@ class Lease:
         if sequence == self._written:
             return
         beat = Heartbeat(sequence=sequence, nonce=self.claim.nonce)
-        uri = _heartbeat_uri(self.prefix_uri, self.attempt)
-        self._storage.write(uri, beat.model_dump_json().encode())
+        _write_sequence(self._storage, self.prefix_uri, self.attempt, beat)
         self._written = sequence
 
 
@@ -349,6 +348,22 @@ def read_attempts(storage: Storage, prefix_uri: str) -> list[Attempt]:
     ]
 
 
+def latest_attempt(storage: Storage, prefix_uri: str) -> Attempt | None:
+    """The last attempt at a lease, None when it was never claimed; few requests at any age."""
+    if storage.head(_claim_uri(prefix_uri, 1)) is None:
+        return None
+    number = _latest_attempt(storage, prefix_uri, 1)
+    claim = _read(storage, _claim_uri(prefix_uri, number), Claim)
+    assert claim is not None, "claims are never deleted"
+    return Attempt(claim, read_ending(storage, prefix_uri, number), is_latest=True)
+
+
+def advance_heartbeat(storage: Storage, prefix_uri: str, attempt: int, nonce: str) -> None:
+    """Report progress of an attempt whose holder is several processes, each of which calls this."""
+    sequence = _read_sequence(storage, prefix_uri, attempt) + 1
+    _write_sequence(storage, prefix_uri, attempt, Heartbeat(sequence=sequence, nonce=nonce))
+
+
 def attempts_counted(storage: Storage, prefix_uri: str) -> int:
     """How many attempts at a lease failed, or stood still until they were taken over."""
     return sum(attempt.is_counted for attempt in read_attempts(storage, prefix_uri))
@@ -393,6 +408,10 @@ def _latest_attempt(storage: Storage, prefix_uri: str, known: int) -> int:
 def _read_sequence(storage: Storage, prefix_uri: str, attempt: int) -> int:
     beat = _read(storage, _heartbeat_uri(prefix_uri, attempt), Heartbeat)
     return 0 if beat is None else beat.sequence
+
+
+def _write_sequence(storage: Storage, prefix_uri: str, attempt: int, beat: Heartbeat) -> None:
+    storage.write(_heartbeat_uri(prefix_uri, attempt), beat.model_dump_json().encode())
 
 
 _DocumentT = TypeVar("_DocumentT", bound=_Document)
