@@ -4,7 +4,8 @@ A plan's folder in object storage (``TokenizeJob.plan_uri``) holds
 
     job.json                            this document; written last, so a plan is whole or absent
     files.parquet                       one row per file: shard_index, shard_id, file_index, uri,
-                                        etag, size; sorted by shard_index, file_index
+                                        etag, size, metadata (map of text, or null);
+                                        sorted by shard_index, file_index
     leases/<shard_id>/<k>               attempt k of a shard (see dataset.leases)
     results/<shard_id>.json             ``ShardResult``; the truth about a shard
     workers/<worker_id>.json            ``WorkerProgress``; replaced every few seconds

@@ -128,7 +128,9 @@ def _find_commit(table: Table, plan: Plan) -> CommitInfo | None:
     if entry is None or entry.state is PlanState.REJECTED:
         return None
     is_current = entry.base_snapshot_id == main_snapshot_id(table)
-    if entry.state is PlanState.COMMITTED and not is_current:
+    # Without its branch the snapshot may expire any time.
+    is_kept = entry.branch in refs_of(table)
+    if entry.state is PlanState.COMMITTED and not (is_current and is_kept):
         return None
     return CommitInfo(
         plan_id=plan.plan_id,

@@ -404,6 +404,16 @@ def test_a_lost_ledger_entry_does_not_double_rows(local_world: World) -> None:
     assert rows(local_world) == etags(local_world, names(4))
 
 
+def test_a_branch_that_was_removed_is_made_again(local_world: World) -> None:
+    local_world.put(*names(3))
+    plan = local_world.plan()
+    local_world.work(plan)
+    first = commit(local_world, plan)
+    table_of(local_world).manage_snapshots().remove_branch(first.branch).commit()
+    again = commit(local_world, plan)
+    assert (again.attempt, len(uris(local_world, again.snapshot_id))) == (2, 3)
+
+
 def test_another_table_under_this_name_is_refused(local_world: World) -> None:
     local_world.put("a.wav")
     version(local_world)
