@@ -21,7 +21,7 @@ from hcodec_core.dataset.table import catalog_errors, load_table
 from hcodec_core.dataset.tabular import list_folder
 from hcodec_core.errors import ConfigError
 from hcodec_core.jobs import JOB_FILE, ShardResult
-from hcodec_core.storage import ObjectInfo, Storage, join_uri
+from hcodec_core.storage import ObjectInfo, Storage
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
@@ -136,9 +136,3 @@ def _plan_ids(objects: Iterable[ObjectInfo], opened_after: datetime) -> list[str
 
 def _data_uris(result: ShardResult) -> set[str]:
     return set() if result.data_file is None else {result.data_file.uri}
-
-
-def plan_uris(storage: Storage, layout: DatasetLayout) -> list[str]:
-    """Folders of all plans of a dataset."""
-    ids = _plan_ids(list_folder(storage, layout.plans_uri), datetime.min.replace(tzinfo=UTC))
-    return [join_uri(layout.plans_uri, plan_id) for plan_id in ids]
