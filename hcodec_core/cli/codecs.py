@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from fractions import Fraction
 from math import log2
 from pathlib import Path
@@ -47,44 +48,73 @@ def add_commands(commands: Commands) -> None:
     parity.set_defaults(handler=_parity)
 
 
-def bits_per_second(frame_rate: Fraction, streams: tuple[StreamSpec, ...]) -> float:
-    """Bit rate of all streams at the base frame rate."""
+def bits_per_second(
+    frame_rate: Fraction, streams: tuple[StreamSpec, ...], max_frame_span: int = 1
+) -> float:
+    """Bit rate of all streams at the base frame rate.
+
+    Where a token may span up to ``max_frame_span`` frames, its length is part of it.
+    """
     bits = sum(stream.num_codebooks * log2(stream.codebook_size) for stream in streams)
-    return float(frame_rate) * bits
+    return float(frame_rate) * (bits + log2(max_frame_span))
 
 
 def _codecs(options: argparse.Namespace, output: Output) -> None:
-    from hcodec_core.codecs import SHIPPED, load_manifest
-    from hcodec_core.models.registry import FAMILIES, presets
+    codecs = [codec for codec in _all_codecs() if options.all or "tiny" not in codec["codec"]]
+    if output.is_json:
+        output.result(codecs)
+        return
+    heads = ("codec", "family", "Hz", "frames/s", "codebooks", "bit/s", "parameters", "batching")
+    output.table("Codecs", heads, [_row(codec) for codec in codecs])
+    more = ("codec", "support", "weights", "licence of the weights")
+    output.table("What works, and whose weights", more, [_support(codec) for codec in codecs])
 
-    shipped = {name: load_manifest(name) for name in SHIPPED}
-    rows = []
+
+def _all_codecs() -> list[dict[str, Any]]:
+    from hcodec_core.codecs import SHIPPED
+    from hcodec_core.models.registry import FAMILIES, facts, presets
+
+    found = []
     for family in FAMILIES:
+        known = facts(family)
         for name, make in presets(family).items():
-            if "tiny" in name and not options.all:
-                continue
             config = make()
             rate = Fraction(config.sample_rate, config.hop_length)
-            rows.append(
-                (
-                    name,
-                    family,
-                    config.sample_rate,
-                    f"{float(rate):g}",
-                    " + ".join(f"{s.num_codebooks} x {s.codebook_size}" for s in config.streams),
-                    f"{bits_per_second(rate, config.streams):.0f}",
-                    *_weights(shipped.get(name)),
-                )
+            span = getattr(config, "max_frame_span", 1)
+            found.append(
+                {
+                    "codec": name,
+                    "family": family,
+                    "sample_rate": config.sample_rate,
+                    "frames_per_second": float(rate),
+                    "is_variable_rate": config.is_variable_rate,
+                    "streams": [stream.model_dump() for stream in config.streams],
+                    "bits_per_second": round(bits_per_second(rate, config.streams, span), 1),
+                    "is_shipped": name in SHIPPED,
+                    **asdict(known[name]),
+                }
             )
-    columns = ("codec", "family", "Hz", "frames/s", "codebooks", "bit/s", "parameters", "weights")
-    output.table("Codecs", columns, rows)
+    return found
 
 
-def _weights(manifest: CodecManifest | None) -> tuple[str, str]:
-    if manifest is None:
-        return "", "not shipped: convert a checkpoint"
-    state = "trained" if manifest.is_trained else "random, for demo and tests"
-    return f"{manifest.num_parameters / 1e6:.2f} M", f"shipped, {state}, {manifest.weights_licence}"
+def _row(codec: dict[str, Any]) -> tuple[str, ...]:
+    up_to = "up to " if codec["is_variable_rate"] else ""
+    streams = codec["streams"]
+    return (
+        codec["codec"],
+        codec["family"],
+        str(codec["sample_rate"]),
+        f"{up_to}{codec['frames_per_second']:g}",
+        " + ".join(f"{s['num_codebooks']} x {s['codebook_size']}" for s in streams),
+        f"{up_to}{codec['bits_per_second']:.0f}",
+        f"{codec['num_parameters'] / 1e6:.2f} M",
+        codec["batching"],
+    )
+
+
+def _support(codec: dict[str, Any]) -> tuple[str, ...]:
+    weights = f"shipped; {codec['weights']}" if codec["is_shipped"] else codec["weights"]
+    return codec["codec"], codec["support"], weights, codec["weights_licence"]
 
 
 def _convert(options: argparse.Namespace, output: Output) -> None:

@@ -4,7 +4,8 @@ A family's package holds three modules:
 
 ``config.py`` (no torch): a frozen dataclass with the properties of ``FamilyConfig``; presets as
     functions without arguments, listed in ``PRESETS`` by codec name; those with ``tiny`` in their
-    name (at least one) run through ``tests/models/test_behaviour.py``.
+    name (at least one) run through ``tests/models/test_behaviour.py``; ``FACTS``, what is known of
+    each preset beside its shape. Names are unique across families.
 ``model.py``: ``build(architecture) -> Codec`` with random weights.
 ``convert.py``: ``convert_checkpoint``, ``recognises_golden`` and ``golden_cases`` (see
     ``FamilyConversion``).
@@ -23,6 +24,7 @@ from hcodec_core.tokens import CodecManifest, StreamSpec
 if TYPE_CHECKING:
     from hcodec_core.models.base import Codec
     from hcodec_core.models.conversion import ConvertRequest, GoldenCase
+    from hcodec_core.models.facts import CodecFacts
 
 FAMILIES: Mapping[str, str] = {
     "hcodec": "hcodec_core.models.hcodec",
@@ -74,6 +76,20 @@ def presets(family: str) -> Mapping[str, Callable[[], FamilyConfig]]:
     return cast(
         "Mapping[str, Callable[[], FamilyConfig]]", _family_module(family, "config").PRESETS
     )
+
+
+def facts(family: str) -> Mapping[str, CodecFacts]:
+    """What is known of each preset of a family. Raises ``ConfigError`` for an unknown family."""
+    return cast("Mapping[str, CodecFacts]", _family_module(family, "config").FACTS)
+
+
+def family_of(preset: str) -> str:
+    """The family that has a preset. Raises ``ConfigError`` naming what there is."""
+    for family in FAMILIES:
+        if preset in presets(family):
+            return family
+    names = sorted(name for family in FAMILIES for name in presets(family))
+    raise ConfigError(f"There is no preset {preset!r}: presets are {', '.join(names)}.")
 
 
 def build_codec(family: str, architecture: Mapping[str, Any]) -> Codec:

@@ -64,9 +64,19 @@ def test_every_command_has_help(capsys):
 
 def test_codecs_lists_weights_and_support(capsys):
     rows = {row["codec"]: row for row in run_json(capsys, "codecs")}
-    assert rows["hcodec-nano"]["bit/s"] == "2000"
-    assert "random" in rows["hcodec-nano"]["weights"]
-    assert "tiny" not in rows
+    nano = rows["hcodec-nano"]
+    assert (nano["bits_per_second"], nano["frames_per_second"]) == (2000, 25)
+    assert nano["is_shipped"]
+    assert "random" in nano["support"]
+    assert rows["mimi"]["weights"] == "hf kyutai/mimi"
+    assert rows["dac-16khz"]["batching"] == "equal-length"
+    assert not [name for name in rows if "tiny" in name]
+    everything = run_json(capsys, "codecs", "--all")
+    assert "ucodec-tiny-strided" in {row["codec"] for row in everything}
+    code, out, _ = run(capsys, "codecs")
+    assert code == 0
+    assert "length-aware" in out
+    assert "CC-BY-4.0" in out
 
 
 def test_parity_agrees_with_golden_data(capsys):

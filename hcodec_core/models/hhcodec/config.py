@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hcodec_core.errors import ConfigError
+from hcodec_core.models.facts import AS_PUBLISHED, CodecFacts, untrained
 from hcodec_core.nn.bigvgan_config import BigVganConfig
 from hcodec_core.tokens import StreamSpec
 
@@ -120,5 +121,12 @@ def tiny() -> HHCodecConfig:
 
 PRESETS: Mapping[str, Callable[[], HHCodecConfig]] = {
     "hhcodec-24khz": hhcodec_24khz,
-    "tiny": tiny,
+    "hhcodec-tiny": tiny,
+}
+
+FACTS: Mapping[str, CodecFacts] = {
+    "hhcodec-24khz": CodecFacts(
+        201_201_668, "length-aware", AS_PUBLISHED, "none public: to be trained", "none"
+    ),
+    "hhcodec-tiny": untrained(86_591, "length-aware"),
 }

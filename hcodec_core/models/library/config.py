@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hcodec_core.errors import ConfigError
+from hcodec_core.models.facts import AS_IN_LIBRARY, Batching, CodecFacts, untrained
 from hcodec_core.tokens import StreamSpec
 
 
@@ -347,3 +348,21 @@ HUB_IDS: Mapping[str, str] = {
     "encodec-24khz": "facebook/encodec_24khz",
 }
 """Name of a released model -> its repository on the Hugging Face hub."""
+
+
+def _facts(name: str, num_parameters: int, batching: Batching, licence: str) -> CodecFacts:
+    return CodecFacts(num_parameters, batching, AS_IN_LIBRARY, f"hf {HUB_IDS[name]}", licence)
+
+
+FACTS: Mapping[str, CodecFacts] = {
+    "mimi": _facts("mimi", 96_085_825, "length-aware", "CC-BY-4.0"),
+    "dac-16khz": _facts("dac-16khz", 74_141_697, "equal-length", "MIT"),
+    "dac-24khz": _facts("dac-24khz", 74_653_857, "equal-length", "MIT"),
+    "dac-44khz": _facts("dac-44khz", 76_620_777, "equal-length", "MIT"),
+    "encodec-24khz": _facts(
+        "encodec-24khz", 19_041_121, "length-aware", "not stated (the code is MIT)"
+    ),
+    "mimi-tiny": untrained(30_725, "length-aware"),
+    "dac-tiny": untrained(41_593, "equal-length"),
+    "encodec-tiny": untrained(60_205, "length-aware"),
+}

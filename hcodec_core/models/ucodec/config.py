@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hcodec_core.errors import ConfigError
+from hcodec_core.models.facts import AS_PUBLISHED, CodecFacts, untrained
 from hcodec_core.nn.transformer_config import TransformerConfig
 from hcodec_core.tokens import StreamSpec
 
@@ -173,6 +174,17 @@ def tiny_strided() -> UCodecConfig:
 PRESETS: Mapping[str, Callable[[], UCodecConfig]] = {
     "ucodec-5hz": ucodec_5hz,
     "ucodec-5hz-8x16384": ucodec_5hz_8x16384,
-    "tiny": tiny,
-    "tiny-strided": tiny_strided,
+    "ucodec-tiny": tiny,
+    "ucodec-tiny-strided": tiny_strided,
+}
+
+_HUB = "hf shaunxsyang/U-Codec"
+_LICENCE = "MIT (a sentence in the README)"
+_GEOMETRY = f"{AS_PUBLISHED}; widths of the released weights come with them"
+
+FACTS: Mapping[str, CodecFacts] = {
+    "ucodec-5hz": CodecFacts(79_687_713, "length-aware", _GEOMETRY, _HUB, _LICENCE),
+    "ucodec-5hz-8x16384": CodecFacts(80_461_665, "length-aware", _GEOMETRY, _HUB, _LICENCE),
+    "ucodec-tiny": untrained(28_611, "length-aware"),
+    "ucodec-tiny-strided": untrained(24_918, "length-aware"),
 }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from hcodec_core.errors import ConfigError
+from hcodec_core.models.facts import AS_PUBLISHED, CodecFacts, untrained
 from hcodec_core.tokens import StreamSpec
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -249,3 +250,15 @@ ORIGINAL_FILES: Mapping[str, str] = {
 
 HUB_IDS: Mapping[str, str] = {name: f"hf-audio/{name}" for name in ORIGINAL_FILES}
 """Name of a released model -> its repository in the library's format on the Hugging Face hub."""
+
+
+def _facts(name: str) -> CodecFacts:
+    num_parameters = 169_086_337 if "hubert" in name else 169_096_561
+    weights = f"hf {HUB_IDS[name]}, or hf ZhenYe234/xcodec {ORIGINAL_FILES[name]}"
+    return CodecFacts(num_parameters, "equal-length", AS_PUBLISHED, weights, "not stated")
+
+
+FACTS: Mapping[str, CodecFacts] = {
+    **{name: _facts(name) for name in ORIGINAL_FILES},
+    "xcodec-tiny": untrained(97_247, "equal-length"),
+}
