@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from hcodec_core.errors import ConfigError
+from hcodec_core.models.facts import AS_PUBLISHED, CodecFacts, untrained
 from hcodec_core.nn.ssl_config import SslConfig
 from hcodec_core.tokens import StreamSpec
 
@@ -226,4 +227,16 @@ PRESETS: Mapping[str, Callable[[], HCodecConfig]] = {
     "hcodec-1.0": hcodec_1_0,
     "hcodec-nano": hcodec_nano,
     "hcodec-tiny": tiny,
+}
+
+FACTS: Mapping[str, CodecFacts] = {
+    "hcodec-1.0": CodecFacts(
+        235_686_514,
+        "length-aware",
+        AS_PUBLISHED,
+        "hf QuarkAudio/QuarkAudio-HCodec; SSL model hf bosonai/hubert_base",
+        "Apache-2.0",
+    ),
+    "hcodec-nano": untrained(1_975_648, "length-aware"),
+    "hcodec-tiny": untrained(164_917, "length-aware"),
 }
