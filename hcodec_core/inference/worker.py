@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hcodec_core.audio.decode import DecodeSettings
@@ -57,6 +58,7 @@ _FAREWELL_SECONDS = 3.0
 _MISSES_BEFORE_LISTING = 16
 _WATCHED_AT_ONCE = 16
 _MAX_FAILED_SHARDS = 3
+_HEAD_START_SECONDS = 15.0
 _MAX_STORAGE_FAULTS = 5
 _HELD_BATCHES = 8
 
@@ -137,7 +139,10 @@ def _load_engine(job: TokenizeJob, storage: Storage, options: WorkerOptions) -> 
             f"The job is for encode id {job.encode_id[:12]}, its codec and settings make "
             f"{codec.spec.encode_id[:12]}: make the plan again with this version."
         )
-    return Engine(codec, options.num_threads)
+    engine = Engine(codec, options.num_threads)
+    # What a first batch costs (compilation, libraries), and what is broken, comes before any lease.
+    engine.encode_clips([np.zeros(codec.spec.sample_rate, np.float32)])
+    return engine
 
 
 def _open_workshop(
@@ -362,7 +367,7 @@ class _Foreman:
         self._failed_in_a_row.add(attempt.shard.shard_id)
         self._last_error = attempt.error
         # The next attempt had better be made elsewhere: give the others a head start.
-        delay = self._job.lease_seconds / 4
+        delay = min(_HEAD_START_SECONDS, self._job.lease_seconds / 4)
         self._shards.not_before[attempt.shard] = time.monotonic() + delay
 
     def _is_hopeless(self) -> bool:

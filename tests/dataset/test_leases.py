@@ -328,8 +328,9 @@ print("lost", flush=True)
 
 
 def test_a_paused_holder_wakes_without_its_lease(
-    s3_endpoint: str, s3_storage: Storage, prefix_uri: str
+    s3_endpoint: str, s3_storage: Storage, bucket_uri: str
 ) -> None:
+    prefix_uri = bucket_uri + "/lease"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, s3_endpoint, prefix_uri], stdout=subprocess.PIPE, text=True
     )

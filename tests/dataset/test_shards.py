@@ -10,7 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from hcodec_core.config import StorageConfig
-from hcodec_core.dataset.schema import WRITER_OPTIONS, token_schema, unflatten_codes
+from hcodec_core.dataset.schema import (
+    METRICS_PROPERTIES,
+    WRITER_OPTIONS,
+    token_schema,
+    unflatten_codes,
+)
 from hcodec_core.dataset.shards import (
     AudioFacts,
     ShardFile,
@@ -187,7 +192,7 @@ def test_stats_are_those_that_the_catalog_reads_from_the_footer(
     data_file = upload_shard(open_storage(StorageConfig()), writer, uri, job)
     catalog = SqlCatalog("t", uri="sqlite:///:memory:", warehouse=file_uri(tmp_path / "warehouse"))
     catalog.create_namespace("n")
-    table = catalog.create_table("n.t", token_schema(codec))
+    table = catalog.create_table("n.t", token_schema(codec), properties=METRICS_PROPERTIES)
     table.add_files([data_file.uri])
     (read,) = [task.file for task in table.scan().plan_files()]
     stats = data_file.stats

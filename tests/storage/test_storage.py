@@ -7,7 +7,6 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3
 import pytest
 
 from hcodec_core.config import StorageConfig
@@ -140,6 +139,7 @@ def test_a_prefix_may_end_inside_a_name(place: tuple[Storage, str]) -> None:
     assert [o.uri for o in storage.list_objects(folder + "/ab/")] == [folder + "/ab/1"]
 
 
+@pytest.mark.slow
 def test_a_listing_goes_over_pages_in_order(s3_endpoint: str, bucket_uri: str) -> None:
     storage = open_storage(StorageConfig(endpoint_url=s3_endpoint))
     names = [f"{bucket_uri}/p/{i:05d}+ %.bin" for i in range(1100)]
