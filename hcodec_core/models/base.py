@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, final
 
@@ -20,6 +20,8 @@ from hcodec_core.tokens import CodecSpec, TokenBatch, check_tokens
 
 if TYPE_CHECKING:
     from hcodec_core.models.registry import FamilyConfig
+
+Spans = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Part(StrEnum):
@@ -42,12 +44,29 @@ class FrameCodes:
     frame_spans: int64 [B, T], base frames per token, only for variable rates.
     margins: per stream float [B, Q, T], only when asked for: (d2 - d1) / d1 of the squared
     distances to the best and the second best entry.
+    start_margins: float [B, T] over base frames, only for variable rates and when asked for: below
+    or equal 0 where the codec itself decides that a token begins, and how far that is from the
+    opposite. Base frames past a clip's end are undefined. A run between two such beginnings that is
+    longer than ``Codec.max_frame_span`` is cut into tokens of that span from its beginning on.
     """
 
     codes: Mapping[str, Tensor]
     num_frames: Tensor
     frame_spans: Tensor | None = None
     margins: Mapping[str, Tensor] | None = None
+    start_margins: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenStarts:
+    """Base frames at which tokens have to begin, whatever a codec of variable rate decides.
+
+    frames: bool [B, T]. is_complete: tokens begin there and nowhere else; otherwise the codec adds
+    its own beginnings.
+    """
+
+    frames: Tensor
+    is_complete: bool = False
 
 
 class Codec(nn.Module, ABC):
@@ -66,12 +85,14 @@ class Codec(nn.Module, ABC):
             rows buys nothing there; sorting clips by exact length is what helps mode fast.
         decodes_prefixes: Whether the first codebooks alone can be decoded (``num_codebooks``).
         min_tail_samples: The law of lengths, see ``CodecManifest``.
+        max_frame_span: Base frames that one token spans at most; above 1 for variable rates only.
     """
 
     family: ClassVar[str]
     batching: ClassVar[Literal["length-aware", "equal-length"]] = "length-aware"
     decodes_prefixes: ClassVar[bool] = True
     min_tail_samples: int = 1
+    max_frame_span: int = 1
 
     def __init__(self, config: FamilyConfig) -> None:
         """Keep what all codecs answer alike; the weights come from the family."""
@@ -111,7 +132,9 @@ class Codec(nn.Module, ABC):
         return next(self.parameters()).dtype
 
     @final
-    def encode(self, audio: Tensor, num_samples: Tensor) -> TokenBatch:
+    def encode(
+        self, audio: Tensor, num_samples: Tensor, starts: TokenStarts | None = None
+    ) -> TokenBatch:
         """Turn audio into tokens.
 
         Args:
@@ -119,6 +142,8 @@ class Codec(nn.Module, ABC):
                 applied. What lies past a clip's end is ignored.
             num_samples: int64 [B], length of each clip in samples, 0..N. A row of length 0 is
                 unused: it gets no frames.
+            starts: Where tokens have to begin, T = ceil(N / hop). Where the rate is fixed every
+                frame begins a token anyway.
 
         Returns:
             Tokens on the CPU; a clip's last hop is zero-padded.
@@ -130,7 +155,7 @@ class Codec(nn.Module, ABC):
         spec = self.spec
         _check_audio(audio, num_samples)
         self._check_long_enough(num_samples)
-        frames = self.encode_frames(audio, num_samples)
+        frames = self.encode_frames(audio, num_samples, starts=starts)
         return TokenBatch(
             codes={name: _to_int32(codes) for name, codes in frames.codes.items()},
             num_frames=frames.num_frames.cpu().numpy(),
@@ -142,7 +167,11 @@ class Codec(nn.Module, ABC):
 
     @final
     def encode_frames(
-        self, audio: Tensor, num_samples: Tensor, with_margins: bool = False
+        self,
+        audio: Tensor,
+        num_samples: Tensor,
+        with_margins: bool = False,
+        starts: TokenStarts | None = None,
     ) -> FrameCodes:
         """``encode`` without its checks, results on the codec's device, codes past the end 0.
 
@@ -152,7 +181,12 @@ class Codec(nn.Module, ABC):
         audio = _zero_past_end(audio.to(self.device, self.dtype), num_samples, self.hop_length)
         self.eval()
         with torch.inference_mode():
-            frames = self._encode(audio, num_samples.clamp(min=1), with_margins)
+            if starts is None or not self.is_variable_rate:
+                frames = self._encode(audio, num_samples.clamp(min=1), with_margins)
+            else:
+                assert starts.frames.shape == (len(audio), audio.shape[2] // self.hop_length)
+                starts = replace(starts, frames=starts.frames.to(self.device))
+                frames = self._encode_from(audio, num_samples.clamp(min=1), with_margins, starts)
             num_frames = torch.where(num_samples > 0, frames.num_frames, 0)
             return _zero_codes_past_end(frames, num_frames)
 
@@ -196,6 +230,12 @@ class Codec(nn.Module, ABC):
 
         A clip's codes must depend on its own samples alone, whatever else is in the batch.
         """
+
+    def _encode_from(
+        self, audio: Tensor, num_samples: Tensor, with_margins: bool, starts: TokenStarts
+    ) -> FrameCodes:
+        """``_encode`` with tokens that begin where they have to; for variable rates only."""
+        raise NotImplementedError
 
     @abstractmethod
     def _decode(self, frames: FrameCodes) -> Tensor:
@@ -254,8 +294,13 @@ class Codec(nn.Module, ABC):
                 f"at least {self.min_tail_samples}.",
             )
 
-    def _check_lengths(self, tokens: TokenBatch) -> None:
-        spans = tokens.frame_spans
+    @final
+    def base_frames(self, clip: int, num_frames: int, spans: Spans | None) -> int:
+        """Base frames of a clip of so many tokens; ``clip`` is its number in messages.
+
+        Raises ``ConfigError`` when ``spans`` (int32, at least ``num_frames``) are missing, not
+        wanted, too few, or one is outside 1..``max_frame_span``.
+        """
         if self.is_variable_rate != (spans is not None):
             raise ConfigError(
                 f"Codec {self.spec.name} has "
@@ -263,10 +308,29 @@ class Codec(nn.Module, ABC):
                 f"{'given' if spans is None else 'left out'}."
             )
         if spans is None:
-            base_frames = tokens.num_frames
-        else:
-            valid = np.arange(spans.shape[1]) < tokens.num_frames[:, None]
-            base_frames = (spans * valid).sum(axis=1, dtype=np.int64)
+            return num_frames
+        if spans.ndim != 1 or len(spans) < num_frames:
+            raise ConfigError(
+                f"Clip {clip} has {num_frames} tokens, but frame_spans of shape {spans.shape}."
+            )
+        spans = spans[:num_frames]
+        bad = np.flatnonzero((spans < 1) | (spans > self.max_frame_span))
+        if len(bad):
+            raise ConfigError(
+                f"Token {bad[0]} of clip {clip} spans {spans[bad[0]]} base frames; codec "
+                f"{self.spec.name} has tokens of 1..{self.max_frame_span}."
+            )
+        return int(spans.sum(dtype=np.int64))
+
+    def _check_lengths(self, tokens: TokenBatch) -> None:
+        spans = tokens.frame_spans
+        base_frames = np.array(
+            [
+                self.base_frames(clip, int(count), None if spans is None else spans[clip])
+                for clip, count in enumerate(tokens.num_frames)
+            ],
+            dtype=np.int64,
+        )
         # One hop of slack: some codecs drop a tail shorter than a frame.
         bad = np.flatnonzero(tokens.num_samples > (base_frames + 1) * self.hop_length)
         if len(bad) or (tokens.num_samples < 0).any():
@@ -330,6 +394,7 @@ def _zero_codes_past_end(frames: FrameCodes, num_frames: Tensor) -> FrameCodes:
         num_frames=num_frames,
         frame_spans=None if spans is None else spans * inside,
         margins=frames.margins,
+        start_margins=frames.start_margins,
     )
 
 

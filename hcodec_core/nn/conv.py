@@ -111,10 +111,20 @@ def _fill_right(
 
 
 class SameConv1d(nn.Module):
-    """Convolution of stride 1 and odd kernel over the signal with zeros around it; keeps T."""
+    """Convolution of odd kernel over the signal with kernel_size // 2 zeros at both ends.
+
+    T steps become ceil(T / stride).
+    """
 
     def __init__(
-        self, in_dim: int, out_dim: int, kernel_size: int, *, groups: int = 1, has_bias: bool = True
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        has_bias: bool = True,
     ) -> None:
         """Build the convolution; dimensions are channels."""
         super().__init__()
@@ -123,13 +133,14 @@ class SameConv1d(nn.Module):
             in_dim,
             out_dim,
             kernel_size,
+            stride=stride,
             padding=kernel_size // 2,
             groups=groups,
             bias=has_bias,
         )
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
-        """[B, in_dim, T] -> [B, out_dim, T]; past a row's end anything finite."""
+        """[B, in_dim, T] -> [B, out_dim, ceil(T / stride)]; past a row's end anything finite."""
         y: Tensor = self.conv(lengths.zero_past(x))
         return y
 
@@ -203,4 +214,20 @@ class SubPixelUpsample1d(nn.Module):
         x = self.expand(x).view(batch, self.factor, -1, steps)
         x = x.permute(0, 2, 3, 1).reshape(batch, -1, steps * self.factor)
         y: Tensor = self.smooth(x, lengths.multiplied(self.factor))
+        return y
+
+
+class RepeatUpsample1d(nn.Module):
+    """Up-sampling by repeating each step ``factor`` times, then a convolution (H-Codec 2.0)."""
+
+    def __init__(self, in_dim: int, out_dim: int, factor: int) -> None:
+        """Build the layer for an even ``factor``; dimensions are channels."""
+        super().__init__()
+        self.factor = factor
+        self.smooth = SameConv1d(in_dim, out_dim, factor + 1)
+
+    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
+        """[B, in_dim, T] -> [B, out_dim, T * factor]; past a row's end anything finite."""
+        repeated = x.repeat_interleave(self.factor, dim=2)
+        y: Tensor = self.smooth(repeated, lengths.multiplied(self.factor))
         return y

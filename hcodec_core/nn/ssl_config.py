@@ -56,3 +56,37 @@ class SslConfig(BaseModel):
     def hop_length(self) -> int:
         """Samples per frame."""
         return prod(self.conv_stride)
+
+
+def hubert_base() -> SslConfig:
+    """HuBERT base: 12 layers of 768 features at 50 Hz."""
+    return SslConfig(
+        model_type="hubert",
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        conv_dim=(512,) * 7,
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
+        conv_stride=(5, 2, 2, 2, 2, 2, 2),
+        conv_bias=False,
+        feat_extract_norm="group",
+        num_conv_pos_embeddings=128,
+        num_conv_pos_embedding_groups=16,
+    )
+
+
+def wav2vec2_large_xlsr() -> SslConfig:
+    """The first 16 of the 24 layers of wav2vec 2.0 large (XLSR-53): 1024 features at 50 Hz."""
+    return hubert_base().model_copy(
+        update={
+            "model_type": "wav2vec2",
+            "hidden_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "conv_bias": True,
+            "feat_extract_norm": "layer",
+            "do_stable_layer_norm": True,
+        }
+    )

@@ -1,38 +1,62 @@
-"""H-Codec 1.0 (arXiv 2510.26372, UniTok-Audio; alibaba/unified-audio, folder HCodec-1.0).
+"""H-Codec 1.0, 1.5 and 2.0 (arXiv 2510.26372 and 2512.20151; alibaba/unified-audio).
 
-Two streams at one frame rate: the acoustic one from the waveform (SEANet with a transformer), the
-semantic one from frozen SSL features (X-Codec's convolutional encoder); each has its own residual
-quantiser. The decoder sees both, acoustic channels first.
+Two streams at one frame rate: the acoustic one from the waveform, the semantic one from frozen SSL
+features (X-Codec's convolutional encoder); each has its own residual quantiser. The decoder sees
+both, acoustic channels first.
+
+1.0: SEANet with a transformer. 1.5: the same, but runs of similar frames become one token (the
+idea of FlexiCodec, arXiv 2510.00981). 2.0: 48 kHz, an encoder on short-time spectra.
 
 Deliberate differences from the published code: rows of a batch may have different lengths (a
 clip's end is the end of its zero-padded last hop, as for a single file); output is trimmed by the
 caller's lengths; weight norm is folded; the stream order of this project is semantic, acoustic.
+1.5: padding is masked in aggregators and bottleneck; similarity is computed in float64; codes are
+plain and spans are told once (``offset_ids`` has the published form); the threshold that the
+published tokeniser fixes at 0.6, below all that the model was trained with, can be chosen.
 
-Shape letters: B batch, D feature, N sample, T frame.
+Shape letters: B batch, D feature, G token, N sample, T base frame.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcodec_core.models.base import Codec, FrameCodes, Part
-from hcodec_core.models.hcodec.config import HCodecConfig, MelConfig
-from hcodec_core.nn.conv import SubPixelUpsample1d
+from hcodec_core.models.base import Codec, FrameCodes, Part, TokenStarts
+from hcodec_core.models.hcodec.config import (
+    SSL_SAMPLE_RATE,
+    AdaptiveHCodecConfig,
+    HCodecConfig,
+    MelConfig,
+    SeanetHCodecConfig,
+    SpectralHCodecConfig,
+    config_of,
+)
+from hcodec_core.nn.aggregator import QueryAggregator
+from hcodec_core.nn.conv import RepeatUpsample1d, SubPixelUpsample1d
+from hcodec_core.nn.grouping import Groups, similarity_to_previous, split_long_runs, spread
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.nn.norm import ValidGroupNorm
-from hcodec_core.nn.quantize import ResidualQuantizer
+from hcodec_core.nn.projected_transformer import ProjectedTransformer
+from hcodec_core.nn.quantize import Quantised, ResidualQuantizer
+from hcodec_core.nn.resample import sinc_resample
 from hcodec_core.nn.resnet import ChannelLayerNorm, ConvNeXtBlock, ResnetBlock
 from hcodec_core.nn.seanet import SeanetConfig, SeanetEncoder
 from hcodec_core.nn.semantic import SemanticDecoder, SemanticEncoder
 from hcodec_core.nn.spectral import IstftHead, log_mel
+from hcodec_core.nn.spectral_encoder import SpectralEncoder, SpectralEncoderConfig
 from hcodec_core.nn.ssl import SslModel
 from hcodec_core.nn.transformer import LstmTransformer
+from hcodec_core.tokens import CodecSpec
 
+logger = logging.getLogger(__name__)
+
+_MAX_HIDDEN_DIM = 4096  # of the transformers' feed-forward layers
 _SSL_MARGIN = 160  # zeros before and after the audio give exactly one SSL frame per 320 samples
 _PARTS = {
     "acoustic_encoder": Part.ENCODER,
@@ -41,11 +65,11 @@ _PARTS = {
     "quantizers": Part.CODEBOOKS,
     "decoder": Part.DECODER,
     "semantic_decoder": Part.TRAINING,
+    "aggregators": Part.ENCODER,
+    "bottleneck": Part.DECODER,
 }
-_PART_FIELDS = {
-    Part.ENCODER: ("version", "strides", "last_stride", "encoder_heads", "semantic_strides", "mel"),
-    Part.DECODER: ("version", "decoder_heads", "decoder_upsample", "n_fft"),
-}
+_DECODER_FIELDS = ("version", "decoder_heads", "decoder_upsample", "n_fft")
+_SEANET_FIELDS = ("version", "strides", "last_stride", "encoder_heads", "semantic_strides", "mel")
 
 
 class Decoder(nn.Module):
@@ -55,11 +79,12 @@ class Decoder(nn.Module):
         """Build the decoder."""
         super().__init__()
         dim = config.decoder_dim
-        self.upsample = SubPixelUpsample1d(2 * config.latent_dim, dim, config.decoder_upsample)
+        is_spectral = isinstance(config, SpectralHCodecConfig)
+        upsample = RepeatUpsample1d if is_spectral else SubPixelUpsample1d
+        self.factor = config.decoder_upsample
+        self.upsample = upsample(2 * config.latent_dim, dim, self.factor)
         self.resnets_before = nn.ModuleList(ResnetBlock(dim) for _ in range(2))
-        self.transformer = LstmTransformer(
-            dim, config.decoder_heads, 4 * dim, config.decoder_layers
-        )
+        self.transformer = _transformer(dim, config.decoder_heads, config.decoder_layers)
         self.resnets_after = nn.ModuleList(ResnetBlock(dim) for _ in range(2))
         self.group_norm = ValidGroupNorm(32, dim, eps=1e-6)
         self.norm = ChannelLayerNorm(dim, eps=1e-6)
@@ -73,7 +98,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor, lengths: Lengths) -> Tensor:
         """[B, 2 D, T] (acoustic, then semantic) -> audio [B, 1, N], zero past each row's end."""
         x = self.upsample(latents, lengths)
-        lengths = lengths.multiplied(self.upsample.factor)
+        lengths = lengths.multiplied(self.factor)
         for block in self.resnets_before:
             x = block(x, lengths)
         x = self.transformer(x, lengths)
@@ -87,9 +112,13 @@ class Decoder(nn.Module):
 
 
 class HCodec(Codec):
-    """H-Codec 1.0 and codecs of the same plan."""
+    """H-Codec 1.0, codecs of the same plan, and what all versions share."""
 
     family = "hcodec"
+    part_fields: ClassVar[Mapping[Part, tuple[str, ...]]] = {
+        Part.ENCODER: _SEANET_FIELDS,
+        Part.DECODER: _DECODER_FIELDS,
+    }
 
     def __init__(self, config: HCodecConfig) -> None:
         """Build with random weights."""
@@ -115,7 +144,7 @@ class HCodec(Codec):
     def features(self, audio: Tensor, lengths: Lengths) -> Tensor:
         """Features behind the semantic stream, [B, feature_dim, N / feature_hop_length].
 
-        SSL features are the mean of all hidden states under sign(x) |x| ** 0.3.
+        SSL features are the mean of hidden states under sign(x) |x| ** 0.3.
 
         Args:
             audio: [B, 1, N], N a hop multiple, zero past each clip's end.
@@ -124,14 +153,21 @@ class HCodec(Codec):
         if self.ssl is None:
             assert self.config.mel is not None
             return _mel_features(audio[:, 0], self.config.mel, self.sample_rate)
-        padded = F.pad(audio[:, 0], (_SSL_MARGIN, _SSL_MARGIN))
-        widened = Lengths(lengths.valid + 2 * _SSL_MARGIN, lengths.size + 2 * _SSL_MARGIN)
-        states = [state for state, _ in self.ssl.hidden_states(padded, widened)]
+        speech = sinc_resample(audio[:, 0], lengths, self.sample_rate, SSL_SAMPLE_RATE)
+        valid = lengths.valid * SSL_SAMPLE_RATE // self.sample_rate
+        padded = F.pad(speech, (_SSL_MARGIN, _SSL_MARGIN))
+        widened = Lengths(valid + 2 * _SSL_MARGIN, padded.shape[1])
+        chosen = self.config.ssl_layers
+        states = [
+            state
+            for index, (state, _) in enumerate(self.ssl.hidden_states(padded, widened))
+            if chosen is None or index in chosen
+        ]
         mean = torch.stack(states).mean(dim=0)
         return (mean.sign() * mean.abs().pow(0.3)).transpose(1, 2)
 
     def embed(self, audio: Tensor, num_samples: Tensor) -> tuple[dict[str, Tensor], Lengths]:
-        """Unquantised latents of each stream, [B, latent_dim, T], and their lengths in frames.
+        """Unquantised latents of each stream, [B, latent_dim, T], and their lengths in base frames.
 
         Args:
             audio: [B, 1, N], N a hop multiple, zero past each clip's end.
@@ -156,21 +192,15 @@ class HCodec(Codec):
             name: self._quantizer(name).encode(latent, with_margins)
             for name, latent in latents.items()
         }
-        margins = {
-            name: value.margins for name, value in quantised.items() if value.margins is not None
-        }
         return FrameCodes(
             codes={name: value.codes for name, value in quantised.items()},
             num_frames=frames.valid,
-            margins=margins if with_margins else None,
+            margins=_margins(quantised) if with_margins else None,
         )
 
     def _decode(self, frames: FrameCodes) -> Tensor:
-        latents = [
-            self._quantizer(name).decode(frames.codes[name]) for name in ("acoustic", "semantic")
-        ]
-        lengths = Lengths(frames.num_frames, latents[0].shape[2])
-        audio: Tensor = self.decoder(torch.cat(latents, dim=1), lengths)
+        latents = self._latents(frames)
+        audio: Tensor = self.decoder(latents, Lengths(frames.num_frames, latents.shape[2]))
         return audio
 
     @classmethod
@@ -181,9 +211,15 @@ class HCodec(Codec):
     def identity(self, part: Part) -> Mapping[str, Any]:
         """Fields of the configuration that tensors do not show."""
         if part is Part.SSL and self.config.ssl is not None:
-            return self.config.ssl.model_dump(mode="json", exclude_defaults=True)
+            chosen = {} if self.config.ssl_layers is None else {"layers": self.config.ssl_layers}
+            return self.config.ssl.model_dump(mode="json", exclude_defaults=True) | chosen
         values = self.architecture
-        return {field: values[field] for field in _PART_FIELDS.get(part, ())}
+        return {field: values[field] for field in self.part_fields.get(part, ())}
+
+    def _latents(self, frames: FrameCodes) -> Tensor:
+        """Both streams' vectors, acoustic first: [B, 2 D, G]."""
+        streams = ("acoustic", "semantic")
+        return torch.cat([self._quantizer(s).decode(frames.codes[s]) for s in streams], dim=1)
 
     def _quantizer(self, stream: str) -> ResidualQuantizer:
         quantizer = self.quantizers[stream]
@@ -191,12 +227,143 @@ class HCodec(Codec):
         return quantizer
 
 
+class AdaptiveHCodec(HCodec):
+    """H-Codec 1.5: a token spans 1 to ``max_frame_span`` base frames, both streams alike.
+
+    ``threshold``: a frame whose semantic latent has a cosine of at most this with the one before
+    begins a token. ``bind`` sets it.
+    """
+
+    part_fields: ClassVar[Mapping[Part, tuple[str, ...]]] = {
+        Part.ENCODER: (*_SEANET_FIELDS, "aggregator", "max_frame_span", "released_threshold"),
+        Part.DECODER: (*_DECODER_FIELDS, "bottleneck"),
+    }
+
+    def __init__(self, config: AdaptiveHCodecConfig) -> None:
+        """Build with random weights."""
+        super().__init__(config)
+        self.max_frame_span = config.max_frame_span
+        self.trained_thresholds = config.trained_thresholds
+        self.released_threshold = self.threshold = config.released_threshold
+        self.aggregators = nn.ModuleDict(
+            {
+                s.name: QueryAggregator(config.aggregator, config.max_frame_span)
+                for s in self.streams
+            }
+        )
+        width = 2 * config.latent_dim
+        self.bottleneck = ProjectedTransformer(config.bottleneck, width, width)
+
+    def bind(self, spec: CodecSpec) -> Self:
+        """Take identity and settings; without a threshold there, the released one."""
+        super().bind(spec)
+        asked = spec.settings.threshold
+        self.threshold = self.released_threshold if asked is None else asked
+        lowest, highest = self.trained_thresholds
+        if not lowest <= self.threshold <= highest:
+            logger.warning(
+                "Codec %s joins frames at threshold %g%s, which lies outside %g..%g, with which it "
+                "was trained: its tokens may be poor; choose a threshold within.",
+                spec.name,
+                self.threshold,
+                " as its published tokeniser does" if asked is None else "",
+                lowest,
+                highest,
+            )
+        return self
+
+    def start_margins(self, semantic: Tensor) -> Tensor:
+        """Similarity of each frame with the one before, less the threshold: float64 [B, T].
+
+        A frame at 0 or below begins a token; the first is at -inf. ``semantic``: [B, D, T].
+        """
+        return similarity_to_previous(semantic) - self.threshold
+
+    def groups(self, margins: Tensor, frames: Lengths, starts: TokenStarts | None = None) -> Groups:
+        """Tokens of each row, from ``start_margins`` and the beginnings that are asked for."""
+        begins = margins <= 0
+        if starts is not None:
+            begins = starts.frames if starts.is_complete else begins | starts.frames
+        return Groups(split_long_runs(begins, self.max_frame_span), frames)
+
+    def _encode(self, audio: Tensor, num_samples: Tensor, with_margins: bool) -> FrameCodes:
+        return self._encode_from(audio, num_samples, with_margins, None)
+
+    def _encode_from(
+        self, audio: Tensor, num_samples: Tensor, with_margins: bool, starts: TokenStarts | None
+    ) -> FrameCodes:
+        latents, frames = self.embed(audio, num_samples)
+        start_margins = self.start_margins(latents["semantic"])
+        groups = self.groups(start_margins, frames, starts)
+        quantised = {
+            name: self._quantizer(name).encode(self.aggregators[name](x, groups), with_margins)
+            for name, x in latents.items()
+        }
+        return FrameCodes(
+            codes={name: value.codes for name, value in quantised.items()},
+            num_frames=groups.lengths.valid,
+            frame_spans=groups.spans,
+            margins=_margins(quantised) if with_margins else None,
+            start_margins=start_margins if with_margins else None,
+        )
+
+    def _decode(self, frames: FrameCodes) -> Tensor:
+        assert frames.frame_spans is not None
+        tokens = self._latents(frames)
+        # A row that is not used has no spans.
+        num_frames = frames.frame_spans.sum(dim=1).clamp(min=1)
+        lengths = Lengths(num_frames, max(tokens.shape[2], int(num_frames.max())))
+        latents = spread(tokens, frames.frame_spans, lengths.size)
+        audio: Tensor = self.decoder(self.bottleneck(latents, lengths), lengths)
+        return audio
+
+
+class SpectralHCodec(HCodec):
+    """H-Codec 2.0: at 48 kHz, from spectra; trained without dropping codebooks."""
+
+    decodes_prefixes = False
+    part_fields: ClassVar[Mapping[Part, tuple[str, ...]]] = {
+        Part.ENCODER: (
+            "version",
+            "encoder_n_fft",
+            "encoder_hop_length",
+            "encoder_stride",
+            "encoder_heads",
+            "semantic_strides",
+            "mel",
+        ),
+        Part.DECODER: _DECODER_FIELDS,
+    }
+
+
 def build(architecture: Mapping[str, Any]) -> HCodec:
     """A codec of this family with random weights. Raises ``ConfigError`` for a wrong field."""
-    return HCodec(HCodecConfig.from_architecture(architecture))
+    return codec_of(config_of(architecture))
 
 
-def _acoustic_encoder(config: HCodecConfig) -> SeanetEncoder:
+def codec_of(config: HCodecConfig) -> HCodec:
+    """The codec of the version that ``config`` is of, with random weights."""
+    if isinstance(config, AdaptiveHCodecConfig):
+        return AdaptiveHCodec(config)
+    return SpectralHCodec(config) if isinstance(config, SpectralHCodecConfig) else HCodec(config)
+
+
+def _acoustic_encoder(config: HCodecConfig) -> SeanetEncoder | SpectralEncoder:
+    if isinstance(config, SpectralHCodecConfig):
+        spectral = SpectralEncoderConfig(
+            n_fft=config.encoder_n_fft,
+            hop_length=config.encoder_hop_length,
+            dim=config.encoder_dim,
+            convnext_dim=config.encoder_convnext_dim,
+            num_convnext_layers=config.encoder_convnext_layers,
+            out_dim=config.latent_dim,
+            stride=config.encoder_stride,
+        )
+        dim = config.encoder_dim
+        return SpectralEncoder(
+            spectral, _transformer(dim, config.encoder_heads, config.encoder_layers)
+        )
+    assert isinstance(config, SeanetHCodecConfig)
     shape = SeanetConfig(
         num_filters=config.num_filters,
         strides=config.strides,
@@ -205,8 +372,15 @@ def _acoustic_encoder(config: HCodecConfig) -> SeanetEncoder:
         last_stride=config.last_stride,
     )
     dim = shape.widths[-1]
-    middle = LstmTransformer(dim, config.encoder_heads, 4 * dim, config.encoder_layers)
-    return SeanetEncoder(shape, middle)
+    return SeanetEncoder(shape, _transformer(dim, config.encoder_heads, config.encoder_layers))
+
+
+def _transformer(dim: int, num_heads: int, num_layers: int) -> LstmTransformer:
+    return LstmTransformer(dim, num_heads, min(4 * dim, _MAX_HIDDEN_DIM), num_layers)
+
+
+def _margins(quantised: Mapping[str, Quantised]) -> dict[str, Tensor]:
+    return {name: q.margins for name, q in quantised.items() if q.margins is not None}
 
 
 def _mel_features(audio: Tensor, config: MelConfig, sample_rate: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hcodec_core.models.hcodec.config import HCodecConfig, hcodec_nano
-from hcodec_core.models.hcodec.model import HCodec
+from hcodec_core.models.hcodec.model import HCodec, codec_of
 from hcodec_core.models.loading import CodecCard, save_codec
 from hcodec_core.nn.quantize import ResidualQuantizer, nearest_entries
 from hcodec_core.tokens import CodecManifest
@@ -41,7 +41,7 @@ def random_codec(config: HCodecConfig, seed: int, num_clips: int = _NUM_CLIPS) -
     """An untrained codec whose codes vary: see the module."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        codec = HCodec(config).eval()
+        codec = codec_of(config).eval()
         audio = synthetic_audio(num_clips, _CLIP_SECONDS, config.sample_rate)
         audio = audio[:, None, : audio.shape[1] // config.hop_length * config.hop_length]
         _standardise_latents(codec, audio)
