@@ -231,6 +231,18 @@ def test_a_plan_without_good_files_has_no_data_file(
     assert (result.status, result.data_file, len(result.outcomes)) == ("done", None, 2)
 
 
+def test_a_small_scratch_disk_only_slows_down(
+    s3_storage: Storage, root_uri: str, options: WorkerOptions
+) -> None:
+    """Two shards share a disk that holds one file at a time, and three decoders."""
+    files = speech(8) | {"empty.wav": b"", "text.wav": b"text"}
+    job = write_plan(s3_storage, root_uri, files, num_shards=2)
+    narrow = replace(options, scratch_bytes=1, num_parallel_shards=2, num_decoders=3)
+    assert run(s3_storage, job, narrow) == 0
+    assert len(rows(s3_storage, job)) == 8
+    assert len(outcomes(s3_storage, job)) == 10
+
+
 def test_changed_and_deleted_sources_are_accounted_for(
     s3_storage: Storage, bucket_uri: str, options: WorkerOptions
 ) -> None:
