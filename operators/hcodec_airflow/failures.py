@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from hcodec_core.errors import HCodecError
+from hcodec_core.errors import ConfigError, HCodecError
 
 logger = logging.getLogger(__name__)
 
@@ -20,5 +20,8 @@ def task_failures() -> Iterator[None]:
         yield
     except HCodecError as error:
         logger.error("%s", error)
+        if isinstance(error, ConfigError):
+            # The user's own mistake: where in our code it was noticed would only hide the sentence.
+            raise AirflowFailException(str(error)) from None
         kind = AirflowException if error.retryable else AirflowFailException
         raise kind(str(error)) from error

@@ -265,7 +265,8 @@ def compute_class(settings: Settings) -> str:
     """
     from hcodec_airflow.backends.local import worker_environment
 
-    command = ["env", "--json", "--device", settings.local_device]
+    options = {"--device": settings.local_device, "--threads": str(settings.local_threads)}
+    command = ["env", "--json", *(word for option in options.items() for word in option)]
     done = subprocess.run(
         [sys.executable, "-m", "hcodec_core.cli", *command],
         env=worker_environment(os.environ),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hcodec_core.config import load_config
+from hcodec_core.dataset.lock import lock_holder, lock_uri
 from hcodec_core.storage import open_storage
 
 pytestmark = pytest.mark.airflow
@@ -97,24 +98,35 @@ def installation(tmp_path_factory, s3_endpoint):
 
 
 @pytest.fixture(scope="module")
-def first_runs(installation):
-    form = {"source": "s3://pipeline/audio/good/", "dataset": "good"}
-    return installation.run({**form, "dry_run": True}, form, form), installation.log
+def runs(installation):
+    """One run after the other, in one process: starting Airflow takes its time."""
+    good = {"source": "s3://pipeline/audio/good/", "dataset": "good"}
+    mixed = {"source": "s3://pipeline/audio/mixed/", "dataset": "mixed"}
+    forms = {
+        "dry": {**good, "dry_run": True},
+        "first": good,
+        "second": good,
+        "over budget": {**mixed, "max_bad_share": 0.0},
+        "within budget": {**mixed, "max_bad_share": 0.5},
+        "no codec": {**good, "dataset": "other", "codec": "no-such-codec"},
+        "no access": {**good, "dataset": "other", "source": "s3://elsewhere/audio/"},
+    }
+    return dict(zip(forms, installation.run(*forms.values()), strict=True))
 
 
-def test_dry_run_only_plans(first_runs):
-    (dry, _, _), log = first_runs
-    assert dry["state"] == "success"
-    assert dry["tasks"]["plan"] == "success"
+def test_dry_run_only_plans(runs, installation):
+    run = runs["dry"]
+    assert run["state"] == "success"
+    assert run["tasks"]["plan"] == "success"
     skipped = {"tokenize", "commit", "validate", "publish"}
-    assert {task for task, state in dry["tasks"].items() if state == "skipped"} == skipped
-    assert dry["xcoms"]["plan.return_value"]["outcome"] == "dry run"
-    assert "Dry run: nothing is encoded." in log
-    assert dry["events"] == []
+    assert {task for task, state in run["tasks"].items() if state == "skipped"} == skipped
+    assert run["xcoms"]["plan.return_value"]["outcome"] == "dry run"
+    assert "Dry run: nothing is encoded." in installation.log
+    assert run["events"] == []
 
 
-def test_first_run_publishes_version_one(first_runs, installation):
-    (_, run, _), log = first_runs
+def test_first_run_publishes_version_one(runs, installation):
+    run = runs["first"]
     assert run["state"] == "success"
     assert set(run["tasks"].values()) == {"success"}
     version = run["xcoms"]["publish.return_value"]
@@ -123,55 +135,49 @@ def test_first_run_publishes_version_one(first_runs, installation):
     assert event["uri"] == "x-hcodec://tokens/good"
     assert event["extra"]["version"] == "v1"
     assert event["extra"]["num_files"] == 3
-    assert "Job tokenize-" in log
-    assert "running 2/2 workers" in log
+    assert "Job tokenize-" in installation.log
+    assert "running 2/2 workers" in installation.log
 
 
-def test_report_is_linked_and_there(first_runs, installation):
-    (_, run, _), _ = first_runs
-    url = run["xcoms"]["validate._link_ValidationReportLink"]
-    assert url == run["xcoms"]["validate.report_url"]
+def test_report_is_linked_and_there(runs, installation):
+    xcoms = runs["first"]["xcoms"]
+    url = xcoms["validate._link_ValidationReportLink"]
+    assert url == xcoms["validate.report_url"]
     assert url.startswith("http://127.0.0.1:")
-    uri = run["xcoms"]["validate.return_value"]
+    uri = xcoms["validate.return_value"]
     assert url.endswith(uri.removeprefix("s3:/"))
     assert b"<html" in installation.storage.read(uri)
 
 
-def test_xcoms_are_small(first_runs):
-    for run in first_runs[0]:
+def test_xcoms_are_small(runs):
+    for run in runs.values():
         for name, value in run["xcoms"].items():
             assert len(json.dumps(value)) < 4096, name
 
 
-def test_second_run_finds_nothing_new(first_runs):
-    (_, _, run), log = first_runs
+def test_second_run_finds_nothing_new(runs, installation):
+    run = runs["second"]
     assert run["state"] == "success"
     assert run["tasks"]["plan"] == "success"
     assert run["tasks"]["tokenize"] == run["tasks"]["publish"] == "skipped"
     assert run["tasks"]["release"] == "success"
     assert run["xcoms"]["plan.return_value"]["outcome"] == "nothing new"
-    assert "Nothing new: dataset good is up to date." in log
+    assert "Nothing new: dataset good is up to date." in installation.log
 
 
-@pytest.fixture(scope="module")
-def over_budget(installation):
-    form = {"source": "s3://pipeline/audio/mixed/", "dataset": "mixed", "max_bad_share": 0.0}
-    return installation.run(form, {**form, "max_bad_share": 0.5}), installation.log
-
-
-def test_failed_validation_fails_the_run_before_publish(over_budget):
-    (run, _), log = over_budget
+def test_failed_validation_fails_the_run_before_publish(runs, installation):
+    run = runs["over budget"]
     assert run["state"] == "failed"
     assert run["tasks"]["validate"] == "failed"
     assert run["tasks"]["publish"] == "upstream_failed"
     assert run["tasks"]["release"] == "success"
     assert run["events"] == []
-    assert "truncated.flac" in log
+    assert "truncated.flac (truncated); nothing is published" in installation.log
     assert run["xcoms"]["validate._link_ValidationReportLink"].startswith("http://")
 
 
-def test_larger_budget_lets_the_next_run_publish(over_budget):
-    (_, run), _ = over_budget
+def test_larger_budget_lets_the_next_run_publish(runs):
+    run = runs["within budget"]
     assert run["state"] == "success"
     version = run["xcoms"]["publish.return_value"]
     assert version["version"] == "v1"
@@ -179,14 +185,16 @@ def test_larger_budget_lets_the_next_run_publish(over_budget):
     assert version["num_rows"] == 3
 
 
-def test_wrong_input_fails_at_once_with_a_sentence(installation):
-    form = {"source": "s3://pipeline/audio/good/", "dataset": "other"}
-    runs = installation.run(
-        {**form, "codec": "no-such-codec"}, {**form, "source": "s3://elsewhere/audio/"}
-    )
-    assert [run["state"] for run in runs] == ["failed", "failed"]
-    assert runs[0]["tasks"]["plan"] == "failed"
-    assert runs[1]["tasks"]["inventory"] == "failed"
-    assert all(run["tasks"]["release"] == "success" for run in runs)
+def test_wrong_input_fails_at_once_with_a_sentence(runs, installation):
+    assert runs["no codec"]["state"] == runs["no access"]["state"] == "failed"
+    assert runs["no codec"]["tasks"]["plan"] == "failed"
+    assert runs["no access"]["tasks"]["inventory"] == "failed"
     assert "There is no codec named 'no-such-codec'" in installation.log
     assert "s3://elsewhere/audio/ lies outside the allowed prefixes" in installation.log
+
+
+def test_every_run_gives_the_lock_back(runs, installation):
+    config = load_config(installation.config_path)
+    for dataset in ("good", "mixed", "other"):
+        assert lock_holder(installation.storage, lock_uri(config, dataset), dataset) is None
+    assert all(run["tasks"]["release"] == "success" for run in runs.values())

@@ -76,8 +76,9 @@ def test_stop_by_force_takes_children_along(start, tmp_path):
     assert processes.read_exit_code(tmp_path / "exit") is None
 
 
-def test_group_whose_leader_was_killed_is_still_alive(start):
-    group = start("sleep", "60")
+def test_group_whose_leader_was_killed_is_still_alive(start, tmp_path):
+    group = start(sys.executable, "-c", "print('ready', flush=True); import time; time.sleep(60)")
+    _wait(lambda: "ready" in (tmp_path / "log").read_text())
     os.kill(group.pid, 9)
     time.sleep(0.2)
     assert processes.is_alive(group)
