@@ -50,6 +50,7 @@ lint: $(STAMP) ## ruff: style and format
 
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
+	$(BIN)/mypy dags
 
 layers: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
