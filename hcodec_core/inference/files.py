@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +28,7 @@ from hcodec_core.errors import EXIT_OK, ConfigError, PreemptedError, StorageErro
 from hcodec_core.inference.engine import Clip, ClipTokens, Engine
 from hcodec_core.inference.worker import WorkerOptions, run_worker
 from hcodec_core.jobs import JOB_FILE, FileOutcome, TokenizeJob, read_job
-from hcodec_core.storage import Storage, join_uri, open_storage
+from hcodec_core.storage import Storage, file_uri, join_uri, open_storage
 from hcodec_core.tokens import CodecManifest, CodecSpec, Codes, EncodeSettings
 
 _METADATA_KEY = b"hcodec"
@@ -174,7 +173,7 @@ def decode_rows(
 
 
 def _scratch_config(scratch_path: Path) -> Config:
-    root = f"file://{quote(str(scratch_path.resolve()))}"
+    root = file_uri(scratch_path.resolve())
     return Config(
         access=AccessConfig(source_prefixes=("file:///",), destination_prefixes=(root,)),
         catalog=CatalogConfig(
@@ -191,12 +190,8 @@ def _write_manifest(scratch_path: Path, paths: Sequence[Path]) -> str:
     if not files:
         raise ConfigError(f"There are no files in {', '.join(map(str, paths))}.")
     manifest_path = scratch_path.resolve() / "sources.jsonl"
-    manifest_path.write_text("".join(json.dumps({"uri": _uri_of(file)}) + "\n" for file in files))
-    return _uri_of(manifest_path)
-
-
-def _uri_of(path: Path) -> str:
-    return f"file://{quote(str(path), safe='/ ')}"
+    manifest_path.write_text("".join(json.dumps({"uri": file_uri(file)}) + "\n" for file in files))
+    return file_uri(manifest_path)
 
 
 def _join_parquet(job: TokenizeJob, paths: Sequence[Path], out_path: Path) -> None:
