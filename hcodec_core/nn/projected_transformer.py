@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hcodec_core.nn.attention import rotate, split_heads
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.nn.norm import RmsNorm
+from hcodec_core.nn.precision import at_least_float32
 from hcodec_core.nn.transformer_config import TransformerConfig
 
 _GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -45,6 +46,7 @@ class ProjectedTransformer(nn.Module):
         x = x.transpose(1, 2)
         if self.project_in is not None:
             x = self.project_in(x)
+        x = at_least_float32(x)
         if self.config.positions in ("sin", "sin_rope"):
             x = x + sinusoids(x, self.config.max_period)
         mask = self._mask(lengths)

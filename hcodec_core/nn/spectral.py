@@ -26,10 +26,14 @@ def spectrum(audio: Tensor, n_fft: int, hop_length: int) -> Tensor:
 
 
 def log_mel(audio: Tensor, n_fft: int, hop_length: int, num_mels: int, sample_rate: int) -> Tensor:
-    """Natural logarithm of the mel magnitudes, at least 1e-5: [B, N] -> [B, num_mels, T]."""
+    """Natural logarithm of the mel magnitudes, at least 1e-5: [B, N] -> [B, num_mels, T].
+
+    In the type of ``audio`` also under autocast.
+    """
     magnitudes = spectrum(audio, n_fft, hop_length).abs()
     bank = mel_bank(num_mels, n_fft, sample_rate).to(audio)
-    return (bank @ magnitudes).clamp(min=1e-5).log()
+    with torch.autocast(audio.device.type, enabled=False):
+        return (bank @ magnitudes).clamp(min=1e-5).log()
 
 
 def mel_bank(num_mels: int, n_fft: int, sample_rate: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from hcodec_core.nn.attention import attend, split_heads
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.nn.norm import ValidGroupNorm
+from hcodec_core.nn.precision import at_least_float32
 from hcodec_core.nn.ssl_config import SslConfig
 
 
@@ -124,7 +125,7 @@ class _Encoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, lengths: Lengths) -> Iterator[Tensor]:
-        x = lengths.zero_past_rows(x)
+        x = lengths.zero_past_rows(at_least_float32(x))
         x = x + self.pos_conv_embed(x)
         if self.layer_norm is not None:
             x = self.layer_norm(x)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hcodec_core.nn.attention import attend, rotate, split_heads
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.nn.norm import RmsNorm
+from hcodec_core.nn.precision import at_least_float32
 
 
 class LstmAttention(nn.Module):
@@ -86,7 +87,7 @@ class LstmTransformer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
         """[B, D, T] -> [B, D, T]; past a row's end anything finite."""
-        x = x.transpose(1, 2)
+        x = at_least_float32(x.transpose(1, 2))
         for layer in self.layers:
             x = layer(x, lengths)
         return x.transpose(1, 2)

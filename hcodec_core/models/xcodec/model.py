@@ -103,7 +103,10 @@ class XCodec(EqualLengthCodec):
     def _ssl_features(self, audio: Tensor) -> Tensor:
         """Mean of all hidden states, [R, D, T]; the audio is not normalised."""
         padding = self.config.ssl_padding
-        found = self.ssl(F.pad(audio[:, 0], (padding, padding)), output_hidden_states=True)
+        # On a CPU the library's layer norms pass bfloat16 on, and with it the residual stream.
+        narrow = audio.device.type != "cpu" and torch.is_autocast_enabled(audio.device.type)
+        with torch.autocast(audio.device.type, enabled=narrow):
+            found = self.ssl(F.pad(audio[:, 0], (padding, padding)), output_hidden_states=True)
         return torch.stack(found.hidden_states, dim=1).mean(dim=1).transpose(1, 2)
 
     def _run_samples(self, num_samples: Tensor) -> Tensor:
