@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hcodec_airflow.requests import TokenizeRequest
 
 logger = logging.getLogger(__name__)
-_TALKATIVE = ("great_expectations", "pyiceberg", "botocore")
+_TALKATIVE = ("great_expectations", "pyiceberg")
 
 
 class DatasetOperator(BaseOperator):

@@ -6,6 +6,7 @@ when a DAG file is parsed.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ class Settings:
         """Object storage as configured."""
         from hcodec_core.storage import open_storage
 
+        # It would tell in every task's log, many times, where it found its credentials.
+        logging.getLogger("botocore").setLevel(logging.WARNING)
         return open_storage(self.load_config().storage)
 
     def browser_url(self, uri: str) -> str:

@@ -23,6 +23,8 @@ from hcodec_core.errors import HCodecError, StorageError
 logger = logging.getLogger(__name__)
 _DEFERRED = "deferred"
 _REMARK_SECONDS = 60.0
+# The event loop itself holds tasks weakly.
+_UNDISTURBED: set[asyncio.Task[None]] = set()
 
 
 class CodecJobTrigger(BaseTrigger):
@@ -71,6 +73,13 @@ class CodecJobTrigger(BaseTrigger):
         Airflow calls this also in a triggerer that hung, lost its triggers to another one and came
         back: then the task is still deferred, and the work is another trigger's.
         """
+        # Airflow 3.3 cancels a trigger anew every second until it has ended, also while this runs.
+        work = asyncio.create_task(self._stop_workers())
+        _UNDISTURBED.add(work)
+        work.add_done_callback(_UNDISTURBED.discard)
+        await asyncio.shield(work)
+
+    async def _stop_workers(self) -> None:
         if await self._task_state() == _DEFERRED:
             logger.info("The task is still deferred: another triggerer watches it; workers go on.")
             return

@@ -235,6 +235,7 @@ def on_kill(monkeypatch, job, run_script):
         await trigger.on_kill()
         return _observe(trigger).phase
 
+    run.deferred = deferred
     return run
 
 
@@ -255,6 +256,32 @@ async def test_unknown_state_kills_nothing(on_kill):
     with pytest.raises(RuntimeError):
         await on_kill(RuntimeError("API server is gone"))
     assert await on_kill("deferred") is Phase.RUNNING
+
+
+async def test_on_kill_goes_on_when_airflow_cancels_it_again(on_kill, monkeypatch, wait_until):
+    """Airflow 3.3 cancels a trigger every second until it has ended."""
+    phases = []
+    ask = CodecJobTrigger._task_state
+
+    async def slow(self):
+        await asyncio.sleep(0.3)
+        return await ask(self)
+
+    monkeypatch.setattr(CodecJobTrigger, "_task_state", slow)
+    killing = asyncio.ensure_future(on_kill("failed"))
+    for _ in range(3):
+        await asyncio.sleep(0.05)
+        killing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await killing
+    deferred = on_kill.deferred
+    for _ in range(100):
+        phases.append(_observe(deferred.trigger).phase)
+        if phases[-1] is Phase.KILLED:
+            break
+        await asyncio.sleep(0.05)
+    assert phases[0] is Phase.RUNNING
+    assert phases[-1] is Phase.KILLED
 
 
 async def test_late_on_kill_spares_the_workers_of_a_newer_try(on_kill, job):
