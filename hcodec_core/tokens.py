@@ -176,11 +176,20 @@ class CodecSpec:
     """A codec together with how it is run: its rates, streams and identities.
 
     ``encode_id`` keys a dataset: equal ids mean equal codes for equal audio. ``decode_id`` names
-    the way back to audio. ``codebook_id`` is what tokens and decoder must share.
+    the way back to audio. ``codebook_id`` is what tokens and decoder must share. Raises
+    ``ConfigError`` on construction when the settings make no sense for the codec.
     """
 
     manifest: CodecManifest
     settings: EncodeSettings
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold that would change nothing but the ``encode_id``."""
+        if self.settings.threshold is not None and not self.manifest.is_variable_rate:
+            raise ConfigError(
+                f"Codec {self.name} has a fixed frame rate: leave the threshold "
+                f"({self.settings.threshold:g}) out."
+            )
 
     @property
     def name(self) -> str:

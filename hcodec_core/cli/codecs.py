@@ -158,7 +158,15 @@ def _parity(options: argparse.Namespace, output: Output) -> int:
     from hcodec_core.inference.parity import run_parity
 
     rows = run_parity(options.folders)
-    columns = ("codec", "case", "codes equal", "near ties", "waveform difference", "agrees")
+    columns = (
+        "codec",
+        "case",
+        "codes equal",
+        "near ties",
+        "boundary ties",
+        "waveform difference",
+        "agrees",
+    )
     output.table(
         "Parity with reference outputs",
         columns,
@@ -168,6 +176,7 @@ def _parity(options: argparse.Namespace, output: Output) -> int:
                 row.case,
                 f"{row.num_equal} of {row.num_codes}",
                 row.num_ties,
+                row.num_boundary_ties,
                 f"{row.wave_difference:.1e} of peak",
                 "yes" if row.agrees else "NO",
             )

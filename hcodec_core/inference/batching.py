@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hcodec_core.errors import AudioError, PreemptedError
-from hcodec_core.inference.engine import Clip, ClipTokens
+from hcodec_core.inference.engine import Clip, ClipTokens, Cuts
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ _FAREWELL_SECONDS = 5.0
 class ClipEncoder(Protocol):
     """What batches are run with; ``Engine`` is one."""
 
-    def encode_clips(self, clips: list[Clip]) -> list[ClipTokens]:
-        """Tokens of each clip, in order."""
+    def encode_clips(self, clips: list[Clip], cuts: list[Cuts] | None = None) -> list[ClipTokens]:
+        """Tokens of each clip, in order; ``cuts`` are left out when no clip has any."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class BatchShape:
 @dataclass(frozen=True)
 class _Waiting:
     clip: Clip
+    cuts: Cuts
     future: Future[Encoded]
     arrived: float
 
@@ -96,12 +97,13 @@ class Batcher:
             self._num_feeding -= 1
             self._changed.notify_all()
 
-    def submit(self, clip: Clip) -> Future[Encoded]:
+    def submit(self, clip: Clip, cuts: Cuts = ()) -> Future[Encoded]:
         """Hand over a clip, float32 [N]; blocks while too much audio is held.
 
-        The future raises what encoding raised. Raises ``PreemptedError`` when closed.
+        ``cuts``: base frames at which a token of a variable rate has to begin. The future raises
+        what encoding raised. Raises ``PreemptedError`` when closed.
         """
-        waiting = _Waiting(clip, Future(), time.monotonic())
+        waiting = _Waiting(clip, cuts, Future(), time.monotonic())
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_closed or self._held_samples < self._max_held_samples
@@ -175,7 +177,7 @@ class Batcher:
     def _encode(self, batch: list[_Waiting]) -> None:
         started = time.monotonic()
         try:
-            tokens = self._encoder.encode_clips([waiting.clip for waiting in batch])
+            tokens = self._tokens_of(batch)
         except AudioError as error:
             self._encode_singly(batch, error)
             return
@@ -189,6 +191,12 @@ class Batcher:
         for waiting, clip_tokens in zip(batch, tokens, strict=True):
             share = seconds * len(waiting.clip) / num_samples
             waiting.future.set_result(Encoded(clip_tokens, share))
+
+    def _tokens_of(self, batch: list[_Waiting]) -> list[ClipTokens]:
+        clips = [waiting.clip for waiting in batch]
+        if any(waiting.cuts for waiting in batch):
+            return self._encoder.encode_clips(clips, [waiting.cuts for waiting in batch])
+        return self._encoder.encode_clips(clips)
 
     def _encode_singly(self, batch: list[_Waiting], error: AudioError) -> None:
         """One clip spoils a batch: find it, so that the others do not suffer."""

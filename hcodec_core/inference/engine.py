@@ -17,10 +17,12 @@ import numpy.typing as npt
 import torch
 
 from hcodec_core.errors import AudioError, ConfigError, QuarantineReason
-from hcodec_core.models.base import Codec
+from hcodec_core.models.base import Codec, TokenStarts
 from hcodec_core.tokens import Codes, TokenBatch
 
 Clip = npt.NDArray[np.float32]
+Cuts = Sequence[int]
+"""Base frames of a clip at which a token has to begin."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,14 @@ class Engine:
         self.codec = codec
         self.num_threads = num_threads
 
-    def encode_clips(self, clips: Sequence[Clip]) -> list[ClipTokens]:
+    def encode_clips(
+        self, clips: Sequence[Clip], cuts: Sequence[Cuts] | None = None
+    ) -> list[ClipTokens]:
         """Tokens of each clip, in the order of ``clips``.
 
         Args:
             clips: float32 [N] each, at the codec's sample rate, channel rule and gain applied.
+            cuts: For each clip, where no token may lie across; only variable rates need them.
 
         Raises:
             AudioError: A clip is empty, too short or not finite; carries the quarantine reason.
@@ -91,7 +96,7 @@ class Engine:
         done: dict[int, ClipTokens] = {}
         with _arithmetic(self.num_threads, self._is_exact):
             for batch in self._encode_batches([len(clip) for clip in clips]):
-                done.update(self._encode_batch(batch, clips))
+                done.update(self._encode_batch(batch, clips, cuts))
         return [done[index] for index in range(len(clips))]
 
     def decode_clips(
@@ -112,7 +117,10 @@ class Engine:
             ConfigError: Codes out of range, or lengths that do not fit.
         """
         done: dict[int, Clip] = {}
-        sizes = [_base_frames(clip) for clip in clips]
+        sizes = [
+            self.codec.base_frames(index, clip.num_frames, clip.frame_spans)
+            for index, clip in enumerate(clips)
+        ]
         with _arithmetic(self.num_threads, self._is_exact):
             for batch in self._batches(sizes):
                 tokens = self._token_batch(batch, clips, codebook_id)
@@ -170,16 +178,24 @@ class Engine:
             order = order[len(chosen) :]
 
     def _encode_batch(
-        self, batch: _Batch, clips: Sequence[Clip]
+        self, batch: _Batch, clips: Sequence[Clip], cuts: Sequence[Cuts] | None
     ) -> Iterator[tuple[int, ClipTokens]]:
         audio = np.zeros((batch.num_rows, 1, batch.size), dtype=np.float32)
         num_samples = np.zeros(batch.num_rows, dtype=np.int64)
         for row, index in enumerate(batch.indices):
             audio[row, 0, : len(clips[index])] = clips[index]
             num_samples[row] = len(clips[index])
-        tokens = self.codec.encode(torch.from_numpy(audio), torch.from_numpy(num_samples))
+        starts = None if cuts is None else self._starts(batch, cuts)
+        tokens = self.codec.encode(torch.from_numpy(audio), torch.from_numpy(num_samples), starts)
         for row, index in enumerate(batch.indices):
             yield index, _clip_of(tokens, row)
+
+    def _starts(self, batch: _Batch, cuts: Sequence[Cuts]) -> TokenStarts:
+        num_frames = -(-batch.size // self.codec.hop_length)
+        frames = torch.zeros(batch.num_rows, num_frames, dtype=torch.bool)
+        for row, index in enumerate(batch.indices):
+            frames[row, list(cuts[index])] = True
+        return TokenStarts(frames)
 
     def _token_batch(
         self, batch: _Batch, clips: Sequence[ClipTokens], codebook_id: str | None
@@ -230,10 +246,6 @@ def _clip_of(tokens: TokenBatch, row: int) -> ClipTokens:
         num_samples=int(tokens.num_samples[row]),
         frame_spans=None if spans is None else spans[row, :num_frames].copy(),
     )
-
-
-def _base_frames(clip: ClipTokens) -> int:
-    return clip.num_frames if clip.frame_spans is None else int(clip.frame_spans.sum())
 
 
 def _at_row(spans: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

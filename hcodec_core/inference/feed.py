@@ -328,11 +328,15 @@ class Feed:
                 QuarantineReason.TOO_SHORT,
                 f"The file has {num_samples} samples at the codec's rate; it needs {shortest}.",
             )
-        encoded = self._parts.batcher.submit(segment.samples)
-        encoded.add_done_callback(lambda _: self._progress())
         first = segment.halo_left_frames
         # The last segment has no halo behind it: whether its tail is a frame, the codec decides.
         end = None if segment.is_last else first + segment.num_interior_frames
+        cuts: tuple[int, ...] = ()
+        if self._parts.spec.manifest.is_variable_rate:
+            # No token may hold frames of the halo beside frames that are kept.
+            cuts = tuple(frame for frame in (first, end) if frame)
+        encoded = self._parts.batcher.submit(segment.samples, cuts)
+        encoded.add_done_callback(lambda _: self._progress())
         return ClipPart(first, end, encoded)
 
     def _add(self, fed: FedFile) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from hcodec_core.inference.engine import Clip, ClipTokens, Engine
 from hcodec_core.inference.parity import TIE_MARGIN
+from hcodec_core.inference.spans import start_margins, starts_of, strays
 
 SHORTEST_SECONDS = 0.2
 LONGEST_SECONDS = 12.0
@@ -29,7 +30,12 @@ StreamBook = tuple[str, int]
 
 @dataclass(frozen=True)
 class Difference:
-    """First differing code of one frame. ``margin``: (d2 - d1) / d1 in float64."""
+    """First differing code of one frame. ``margin``: (d2 - d1) / d1 in float64.
+
+    With stream ``boundaries``: a base frame at which a token begins on one side only; ``margin`` is
+    how far its similarity is from the threshold. Codes of such a clip are not compared. With
+    stream ``length``: a clip with another number of frames; never a near tie.
+    """
 
     clip: int
     stream: str
@@ -45,7 +51,10 @@ class Difference:
 
 @dataclass
 class Agreement:
-    """Equal codes over compared codes, per (stream, codebook); ``num_length_faults`` must be 0."""
+    """Equal codes over compared codes, per (stream, codebook).
+
+    num_length_faults: clips with another number of tokens, or with tokens of other spans.
+    """
 
     equal: Counter[StreamBook] = field(default_factory=Counter)
     total: Counter[StreamBook] = field(default_factory=Counter)
@@ -53,7 +62,7 @@ class Agreement:
 
     def add(self, found: ClipTokens, expected: ClipTokens) -> bool:
         """Compare one clip; true when every code is equal."""
-        if found.num_frames != expected.num_frames:
+        if not have_equal_spans(found, expected):
             self.num_length_faults += 1
             return False
         same = True
@@ -138,10 +147,19 @@ def compare_engines(
     judge: _Judge | None = None
     for index, clip in enumerate(clips):
         expected, found = engine.encode_clips([clip])[0], other.encode_clips([clip])[0]
-        if not agreement.add(found, expected) and found.num_frames == expected.num_frames:
+        if not agreement.add(found, expected):
             judge = judge or _Judge(engine)
             differences.extend(judge.differences(index, clip, found, expected))
     return agreement, differences
+
+
+def have_equal_spans(found: ClipTokens, expected: ClipTokens) -> bool:
+    """Whether two clips have tokens of the same base frames."""
+    if found.num_frames != expected.num_frames:
+        return False
+    if found.frame_spans is None or expected.frame_spans is None:
+        return found.frame_spans is expected.frame_spans
+    return np.array_equal(found.frame_spans, expected.frame_spans)
 
 
 class _Judge:
@@ -153,6 +171,9 @@ class _Judge:
     def differences(
         self, index: int, clip: Clip, found: ClipTokens, expected: ClipTokens
     ) -> Iterator[Difference]:
+        if not have_equal_spans(found, expected):
+            yield from self._boundaries(index, clip, found, expected)
+            return
         audio = torch.from_numpy(clip)[None, None]
         frames = self._codec.encode_frames(audio, torch.tensor([len(clip)]), with_margins=True)
         assert frames.margins is not None
@@ -165,6 +186,20 @@ class _Judge:
                 strays = unequal[:, frame] | (codes[:, frame] != exact[: len(codes), frame])
                 book = int(strays.argmax())
                 yield Difference(index, stream, book, int(frame), float(margins[book, frame]))
+
+    def _boundaries(
+        self, index: int, clip: Clip, found: ClipTokens, expected: ClipTokens
+    ) -> Iterator[Difference]:
+        sides = [t.frame_spans for t in (found, expected) if t.frame_spans is not None]
+        if len({int(spans.sum()) for spans in sides}) != 1:
+            yield Difference(index, "length", 0, 0, np.inf)
+            return
+        margins = start_margins(self._codec, clip)
+        wrong: dict[int, float] = {}
+        for spans in sides:
+            wrong |= strays(starts_of(spans), margins, self._codec.max_frame_span)
+        for frame, margin in sorted(wrong.items()):
+            yield Difference(index, "boundaries", 0, frame, margin)
 
 
 def _random_seconds(rng: np.random.Generator) -> float:

@@ -25,7 +25,8 @@ def interior_of(tokens: ClipTokens, first_frame: int, end_frame: int | None) -> 
     """Tokens of base frames ``first_frame`` to ``end_frame`` (None: the end) of a clip.
 
     A token of an adaptive rate that lies across a bound keeps the base frames inside: none ever
-    spans a cut.
+    spans a cut. (Codecs of this package are told of the bounds and let a token begin there, so
+    that none is about frames that are dropped; see ``Engine.encode_clips``.)
     """
     if tokens.frame_spans is None:
         kept = {name: codes[:, first_frame:end_frame] for name, codes in tokens.codes.items()}

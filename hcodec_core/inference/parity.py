@@ -16,6 +16,7 @@ import torch
 
 from hcodec_core.errors import ConfigError
 from hcodec_core.inference.engine import compute_class
+from hcodec_core.inference.spans import forced, start_margins, starts_of, strays
 from hcodec_core.models.base import Codec
 from hcodec_core.models.conversion import GoldenCase
 from hcodec_core.models.loading import load_codec
@@ -34,8 +35,10 @@ class ParityRow:
 
     num_codes: codes compared; num_equal: equal ones. num_ties: frames (of a stream) whose first
     differing code is a near tie. wave_difference: largest difference over the recorded peak, when
-    decoding the recorded codes. agrees: every difference is a near tie and the waveform is within
-    ``WAVE_TOLERANCE``.
+    decoding the recorded codes. num_boundary_ties: base frames at which a token of a variable rate
+    begins on one side only, where the similarity is as good as the threshold; codes are then
+    compared with tokens made to begin as recorded. agrees: every difference is a near tie and the
+    waveform is within ``WAVE_TOLERANCE``.
     """
 
     codec: str
@@ -45,6 +48,7 @@ class ParityRow:
     num_ties: int
     wave_difference: float
     agrees: bool
+    num_boundary_ties: int = 0
 
 
 def run_parity(folders: Sequence[Path]) -> list[ParityRow]:
@@ -81,7 +85,14 @@ def _compare(case: GoldenCase) -> ParityRow:
     settings = EncodeSettings(compute_class=compute_class("cpu"), threshold=case.threshold)
     codec = load_codec(str(case.codec_path), settings)
     audio = torch.from_numpy(case.audio)[None, None]
-    tokens = codec.encode(audio, torch.tensor([audio.shape[2]]))
+    num_samples = torch.tensor([audio.shape[2]])
+    tokens = codec.encode(audio, num_samples)
+    boundaries = _stray_boundaries(codec, case, tokens)
+    boundaries_agree = all(margin < TIE_MARGIN for margin in boundaries.values())
+    if boundaries and boundaries_agree:
+        assert case.frame_spans is not None
+        # Tokens that begin elsewhere are other tokens: there is nothing to compare codes with.
+        tokens = codec.encode(audio, num_samples, forced(case.frame_spans))
     num_codes = sum(codes.size for codes in case.codes.values())
     num_equal, num_different_frames, num_ties = _compare_codes(codec, case, tokens)
     difference = _wave_difference(codec, case)
@@ -92,8 +103,28 @@ def _compare(case: GoldenCase) -> ParityRow:
         num_equal=num_equal,
         num_ties=num_ties,
         wave_difference=difference,
-        agrees=num_different_frames == num_ties and difference <= WAVE_TOLERANCE,
+        agrees=(
+            boundaries_agree and num_different_frames == num_ties and difference <= WAVE_TOLERANCE
+        ),
+        num_boundary_ties=sum(margin < TIE_MARGIN for margin in boundaries.values()),
     )
+
+
+def _stray_boundaries(codec: Codec, case: GoldenCase, tokens: TokenBatch) -> dict[int, float]:
+    """Float64 margins of the base frames at which tokens begin on one side only."""
+    if case.frame_spans is None or tokens.frame_spans is None:
+        return {}
+    found = tokens.frame_spans[0, : int(tokens.num_frames[0])]
+    if np.array_equal(found, case.frame_spans):
+        return {}
+    if found.sum() != case.frame_spans.sum():
+        return {0: np.inf}
+    margins = start_margins(copy.deepcopy(codec).double(), case.audio)
+    sides = [
+        strays(starts_of(spans), margins, codec.max_frame_span)
+        for spans in (found, case.frame_spans)
+    ]
+    return sides[0] | sides[1]
 
 
 def _compare_codes(codec: Codec, case: GoldenCase, tokens: TokenBatch) -> tuple[int, int, int]:
@@ -122,7 +153,12 @@ class _Judge:
     def __init__(self, codec: Codec, case: GoldenCase) -> None:
         exact = copy.deepcopy(codec).double()
         audio = torch.from_numpy(case.audio)[None, None]
-        self._frames = exact.encode_frames(audio, torch.tensor([audio.shape[2]]), with_margins=True)
+        self._frames = exact.encode_frames(
+            audio,
+            torch.tensor([audio.shape[2]]),
+            with_margins=True,
+            starts=None if case.frame_spans is None else forced(case.frame_spans),
+        )
 
     def count_ties(
         self,

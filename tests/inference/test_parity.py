@@ -4,22 +4,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hcodec_core.errors import ConfigError
-from hcodec_core.inference.parity import run_parity
+from hcodec_core.inference.engine import compute_class
+from hcodec_core.inference.parity import TIE_MARGIN, run_parity
+from hcodec_core.inference.spans import start_margins
+from hcodec_core.models.hcodec.convert import golden_cases
+from hcodec_core.models.hcodec.offset_ids import join_offset_ids
+from hcodec_core.models.loading import load_codec
+from hcodec_core.tokens import EncodeSettings
 
-FOLDER = Path(__file__).parents[1] / "golden" / "hcodec-1.0-tiny"
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDER = GOLDEN / "hcodec-1.0-tiny"
+ADAPTIVE = GOLDEN / "hcodec-1.5-tiny"
 
 
-def test_hcodec_1_0_agrees_with_the_published_code():
-    rows = run_parity([FOLDER])
-    assert [row.case for row in rows] == ["wav_0", "wav_1", "wav_2"]
+@pytest.mark.parametrize(
+    ("version", "cases", "num_codes"),
+    [
+        ("1.0", ["wav_0", "wav_1", "wav_2"], 1136),
+        (
+            "1.5",
+            [f"wav_{i}{thr}" for i in (0, 1) for thr in ("", "_thr900", "_thr970", "_thr995")],
+            1360,
+        ),
+        ("2.0", ["wav_0", "wav_1"], 544),
+    ],
+)
+def test_hcodec_agrees_with_the_published_code(version, cases, num_codes):
+    rows = run_parity([GOLDEN / f"hcodec-{version}-tiny"])
+    assert [row.case for row in rows] == cases
     for row in rows:
         assert row.num_equal == row.num_codes > 0
-        assert row.num_ties == 0
+        assert row.num_ties == row.num_boundary_ties == 0
         assert row.wave_difference < 1e-4
         assert row.agrees
-    assert sum(row.num_codes for row in rows) == 1136
+    assert rows[0].wave_difference > 0
+    assert sum(row.num_codes for row in rows) == num_codes
 
 
 @pytest.fixture
@@ -90,3 +112,57 @@ def test_unknown_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"version": "0.1"}))
     with pytest.raises(ConfigError, match="No codec family knows"):
         run_parity([tmp_path])
+
+
+def adaptive_codec(tmp_path, threshold):
+    path = tmp_path / "codec" / ADAPTIVE.name
+    if not path.is_dir():
+        golden_cases(ADAPTIVE, tmp_path / "codec")
+    settings = EncodeSettings(compute_class=compute_class("cpu"), threshold=threshold)
+    return load_codec(str(path), settings)
+
+
+def record(tmp_path, audio, named, threshold):
+    """A golden folder whose one case claims threshold ``named``; recorded at ``threshold``."""
+    codec = adaptive_codec(tmp_path, threshold)
+    tokens = codec.encode(torch.from_numpy(audio)[None, None], torch.tensor([len(audio)]))
+    spans = tokens.frame_spans[0, : tokens.num_frames[0]]
+    ids = join_offset_ids(tokens.clip(0), spans, codebook_size=64)
+    folder = tmp_path / "golden"
+    shutil.copytree(ADAPTIVE, folder, dirs_exist_ok=True)
+    name = f"0_thr{round(1000 * named):03d}"
+    arrays = {f"{stream}_{name}": values for stream, values in ids.items()}
+    np.savez(folder / "expected.npz", wav_0=audio, **arrays)
+    return folder
+
+
+@pytest.fixture
+def near_tie(tmp_path):
+    """A clip, a threshold of three digits, and one of its similarities next to that."""
+    with np.load(ADAPTIVE / "expected.npz") as arrays:
+        audio = arrays["wav_1"]
+    margins = start_margins(adaptive_codec(tmp_path, 0.9).double(), audio)[1:]
+    similarities = margins + 0.9
+    trained = similarities[(similarities > 0.7) & (similarities < 0.99)]
+    distances = np.abs(trained - trained.round(3))
+    nearest = trained[distances.argmin()]
+    assert 1e-7 < distances.min() < TIE_MARGIN
+    return audio, float(nearest.round(3)), float(nearest)
+
+
+def test_a_boundary_next_to_the_threshold_is_counted_and_accepted(tmp_path, near_tie):
+    audio, threshold, similarity = near_tie
+    # On the other side of the similarity: the recorded decision goes the other way there.
+    folder = record(tmp_path, audio, threshold, 2 * similarity - threshold)
+    (row,) = run_parity([folder])
+    assert row.num_boundary_ties == 1
+    assert row.num_equal == row.num_codes > 0
+    assert row.agrees
+
+
+def test_a_wrong_boundary_is_found(tmp_path, near_tie):
+    audio, threshold, _ = near_tie
+    (row,) = run_parity([record(tmp_path, audio, threshold, threshold + 0.03)])
+    assert not row.agrees
+    (row,) = run_parity([record(tmp_path, audio, threshold, threshold)])
+    assert row.agrees
