@@ -66,7 +66,8 @@ def _levels(frames: npt.NDArray[Any], window: npt.NDArray[Any]) -> Levels:
     slices = np.array_split(frames, max(1, len(frames) // 4096))
     magnitudes = [np.abs(np.fft.rfft(part * window)) for part in slices]
     level = 2 * np.concatenate(magnitudes).T / window.sum()
-    return np.maximum(20 * np.log10(np.maximum(level, 1e-30)), _FLOOR_DB)
+    levels: Levels = np.maximum(20 * np.log10(np.maximum(level, 1e-30)), _FLOOR_DB)
+    return levels
 
 
 def _centred(x: Samples) -> npt.NDArray[np.float64]:

@@ -38,7 +38,13 @@ from hcodec_core.models.hcodec.model import codec_of
 from hcodec_core.models.hcodec.offset_ids import split_offset_ids
 from hcodec_core.models.hcodec.released_names import our_state
 from hcodec_core.models.loading import CodecCard, save_codec
-from hcodec_core.models.released_config import count_like, read_config, section, shape_of
+from hcodec_core.models.released_config import (
+    check_agreement,
+    count_like,
+    read_config,
+    section,
+    shape_of,
+)
 from hcodec_core.nn.ssl_config import SslConfig
 from hcodec_core.tokens import CodecManifest
 
@@ -92,11 +98,12 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
 
     Shapes tell all of 1.0 and 2.0 but the numbers of heads, which never vary. For 1.5
     ``request.config_path`` may name the published configuration, as JSON, of a model with other
-    heads, spans or thresholds than the released one.
+    heads, spans or thresholds than the released one. Rates that it states are held to the version.
 
     Raises:
         ConfigError: No SSL model was named, or the checkpoint is of a version not supported.
-        CheckpointError: A tensor is missing, misshapen or unknown, or the SSL model too small.
+        CheckpointError: A tensor is missing, misshapen or unknown, the SSL model too small, or the
+            configuration states another sample rate.
     """
     state = read_checkpoint(request.checkpoint_path, _ROOTS)
     version = version_of(state)
@@ -112,6 +119,9 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
     if version == "1.5" and request.config_path is not None:
         facts = AdaptiveFacts.of(read_config(request.config_path))
     config = config_from_shapes(state, ssl_config, facts)
+    if request.config_path is not None:
+        rates = dict.fromkeys(("sample_rate", "sampling_rate"), config.sample_rate)
+        check_agreement("top level", read_config(request.config_path), rates)
     with torch.device("meta"):
         codec = codec_of(config)
     ours = our_state(state, config)

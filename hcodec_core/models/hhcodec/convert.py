@@ -324,5 +324,7 @@ def _compare(values: Mapping[str, Any], config: HHCodecConfig) -> None:
         "activation": "snakebeta",
         "snake_logscale": True,
         "use_tanh_at_final": vocoder.has_final_tanh,
+        "sampling_rate": config.sample_rate,
+        "hop_size": vocoder.hop_length,
     }
     check_agreement("bigvgan", values.get("bigvgan") or {}, expected)

@@ -27,7 +27,7 @@ class LibraryConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model_type: str
-    sampling_rate: int  # Hz
+    sampling_rate: int = Field(gt=0)  # Hz
 
     @property
     def sample_rate(self) -> int:
@@ -62,7 +62,7 @@ class MimiConfig(LibraryConfig):
     """Mimi (arXiv 2410.00037, section 3.3): causal, one semantic and up to 31 acoustic books."""
 
     model_type: Literal["mimi"] = "mimi"
-    sampling_rate: int = 24_000
+    sampling_rate: int = Field(default=24_000, gt=0)
     hidden_size: int = 512
     num_filters: int = 64
     num_residual_layers: int = 1
@@ -126,7 +126,7 @@ class DacConfig(LibraryConfig):
     """DAC (arXiv 2306.06546): symmetric convolutions, small codebooks compared by angle."""
 
     model_type: Literal["dac"] = "dac"
-    sampling_rate: int
+    sampling_rate: int = Field(gt=0)
     encoder_hidden_size: int = 64
     downsampling_ratios: tuple[int, ...]
     decoder_hidden_size: int = 1536
@@ -158,7 +158,7 @@ class EncodecConfig(LibraryConfig):
     """EnCodec (arXiv 2210.13438) as released for 24 kHz mono: causal, not normalised, one chunk."""
 
     model_type: Literal["encodec"] = "encodec"
-    sampling_rate: int = 24_000
+    sampling_rate: int = Field(default=24_000, gt=0)
     target_bandwidths: tuple[float, ...] = (1.5, 3.0, 6.0, 12.0, 24.0)  # kbit/s
     hidden_size: int = 128
     num_filters: int = 32

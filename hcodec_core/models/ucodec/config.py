@@ -46,7 +46,7 @@ class UCodecConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sample_rate: int = 16000  # Hz
+    sample_rate: int = Field(default=16000, gt=0)  # Hz
     normalises_audio: bool = False  # each clip to mean 0 and variance 1, hop padding included
     encoder: ConvNetConfig
     encoder_transformer: TransformerConfig | None  # None: a convolution of kernel 1

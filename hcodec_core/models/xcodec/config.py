@@ -86,7 +86,7 @@ class XCodecConfig(BaseModel):
     model_config = _FROZEN
 
     model_type: Literal["xcodec"] = "xcodec"
-    sample_rate: int = 16_000  # Hz
+    sample_rate: Literal[16_000] = 16_000  # Hz, what its SSL models hear
     target_bandwidths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 4.0)  # kbit/s
     kernel_size: int = 3
     channel_ratios: tuple[int, ...] = (1, 1)
@@ -188,6 +188,12 @@ class XCodecConfig(BaseModel):
             if isinstance(picked.get(name), Mapping):
                 picked[name] = _picked(part, picked[name])
         config = cls.from_architecture(picked)
+        acoustic = values.get("acoustic_model_config") or {}
+        if acoustic.get("sampling_rate", config.sample_rate) != config.sample_rate:
+            raise ConfigError(
+                f"The acoustic model's sampling_rate is {acoustic['sampling_rate']}; X-Codec's is "
+                f"{config.sample_rate}."
+            )
         if values.get("codebook_dim") not in (None, config.quantized_dim):
             raise ConfigError(
                 f"codebook_dim is {values['codebook_dim']}; X-Codec quantises all its "
