@@ -9,10 +9,12 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 CORPUS ?= tests/corpus/clips
 KEEP ?=
+SEED ?= 1
+MINUTES ?= 20
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop demo-clean test test-slow lint types layers check clean
+.PHONY: help setup demo demo-stop demo-clean test test-slow lint types layers check clean chaos
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +45,9 @@ test: $(STAMP) ## Run the tests, with one end-to-end run through a real Airflow 
 
 test-slow: $(STAMP) ## Run the longer suites
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+chaos: $(STAMP) ## Break the pipeline on purpose and count rows (SEED=1 MINUTES=20)
+	$(BIN)/python -m tests.chaos.harness --seed $(SEED) --minutes $(MINUTES)
 
 lint: $(STAMP) ## ruff: style and format
 	$(BIN)/ruff check .
