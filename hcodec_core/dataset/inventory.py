@@ -5,10 +5,10 @@ An inventory's folder holds
     part-00000.parquet    objects of the first source: uri, etag, size, last_modified, metadata
     inventory.json        ``InventoryInfo``; rewritten after each part, complete only at the end
 
-A source is a folder (``s3://bucket/speech/``), of which every object is taken, or a manifest
-(``.csv``, ``.jsonl``, ``.parquet``) with a column ``uri`` and, as far as known, ``etag``, ``size``,
-``last_modified``; its other columns become the metadata of each row. Only folders listed to the
-end tell which objects are gone.
+A source is a folder (``s3://bucket/speech/``), of which every object is taken, or a manifest (see
+``manifests``: CSV, Parquet, JSON lines, NeMo, Lhotse), of which the columns that are no facts about
+an object become the metadata of its row. Only folders listed to the end tell which objects are
+gone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcodec_core.config import Config, describe
+from hcodec_core.dataset.manifests import Row, is_manifest, read_manifest
 from hcodec_core.dataset.tabular import each, open_table_writer, read_table
 from hcodec_core.errors import AccessError, ConfigError, HCodecError, ObjectMissingError
 from hcodec_core.storage import ObjectInfo, Storage, file_uri, join_uri, split_uri
@@ -35,7 +35,6 @@ from hcodec_core.storage import ObjectInfo, Storage, file_uri, join_uri, split_u
 logger = logging.getLogger(__name__)
 
 INFO_FILE = "inventory.json"
-MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 INVENTORY_SCHEMA = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
@@ -45,10 +44,8 @@ INVENTORY_SCHEMA = pa.schema(
         pa.field("metadata", pa.map_(pa.string(), pa.string())),
     ]
 )
-_FACT_COLUMNS = frozenset({"uri", "etag", "size", "last_modified"})
 _BATCH_ROWS = 20_000
 
-Row = dict[str, Any]
 Progress = Callable[[int], None]
 
 
@@ -164,17 +161,13 @@ def normalise_sources(sources: Sequence[str]) -> tuple[str, ...]:
     """
     if not sources:
         raise ConfigError("An inventory needs at least one source: name a folder or a manifest.")
-    manifests = [uri for uri in sources if _is_manifest(uri)]
-    folders = sorted({_as_folder(uri) for uri in sources if not _is_manifest(uri)})
+    manifests = [uri for uri in sources if is_manifest(uri)]
+    folders = sorted({_as_folder(uri) for uri in sources if not is_manifest(uri)})
     outer: list[str] = []
     for folder in folders:
         if not any(folder.startswith(known) for known in outer):
             outer.append(folder)
     return (*outer, *dict.fromkeys(manifests))
-
-
-def _is_manifest(uri: str) -> bool:
-    return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
 def _as_folder(uri: str) -> str:
@@ -216,14 +209,14 @@ class _Listing:
     ) -> None:
         self._config = config
         self._storage = storage
-        self._folders = tuple(uri for uri in sources if not _is_manifest(uri))
+        self._folders = tuple(uri for uri in sources if not is_manifest(uri))
         self._progress = progress
 
     def read(self, source: str, part_uri: str, num_before: int) -> InventoryPart:
         """Write one part; ``num_before``: objects found in the parts before it."""
         counts = {"num_files": 0, "num_bytes": 0, "num_missing": 0}
-        is_manifest = _is_manifest(source)
-        batches = self._manifest_batches(source) if is_manifest else self._folder_batches(source)
+        from_manifest = is_manifest(source)
+        batches = self._manifest_batches(source) if from_manifest else self._folder_batches(source)
         with open_table_writer(self._storage, part_uri, INVENTORY_SCHEMA) as writer:
             for rows in batches:
                 found = [row for row in rows if row["etag"] is not None]
@@ -233,7 +226,7 @@ class _Listing:
                 counts["num_missing"] += len(rows) - len(found)
                 if self._progress is not None:
                     self._progress(num_before + counts["num_files"])
-        kind: Literal["folder", "manifest"] = "manifest" if is_manifest else "folder"
+        kind: Literal["folder", "manifest"] = "manifest" if from_manifest else "folder"
         return InventoryPart(source=source, uri=part_uri, kind=kind, **counts)
 
     def _folder_batches(self, prefix_uri: str) -> Iterator[list[Row]]:
@@ -244,10 +237,9 @@ class _Listing:
     def _manifest_batches(self, manifest_uri: str) -> Iterator[list[Row]]:
         seen: set[str] = set()
         with tempfile.TemporaryDirectory(prefix="hcodec-") as folder:
-            path = Path(folder, "manifest" + Path(split_uri(manifest_uri)[2]).suffix.lower())
+            path = Path(folder, "manifest")
             self._storage.download(manifest_uri, path)
-            for batch in _open_manifest(path, manifest_uri):
-                rows = _manifest_rows(batch, manifest_uri)
+            for rows in read_manifest(path, manifest_uri):
                 fresh = {row["uri"]: row for row in rows if row["uri"] not in seen}
                 seen.update(fresh)
                 self._check(manifest_uri, fresh)
@@ -279,59 +271,6 @@ def _facts(info: ObjectInfo) -> Row:
         "last_modified": info.last_modified,
         "metadata": None,
     }
-
-
-def _open_manifest(path: Path, manifest_uri: str) -> Iterator[pa.RecordBatch]:
-    """Batches of a manifest; text columns of CSV stay text."""
-    from pyarrow import csv, json
-
-    try:
-        if path.suffix == ".parquet":
-            yield from pq.ParquetFile(path).iter_batches(_BATCH_ROWS)
-        elif path.suffix == ".jsonl":
-            yield from json.read_json(path).to_batches(_BATCH_ROWS)
-        else:
-            names = csv.open_csv(path).schema.names
-            as_text = csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True
-            )
-            yield from csv.open_csv(path, convert_options=as_text)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ConfigError(f"Manifest {manifest_uri} cannot be read: {error}.") from error
-
-
-def _manifest_rows(batch: pa.RecordBatch, manifest_uri: str) -> list[Row]:
-    if "uri" not in batch.schema.names:
-        raise ConfigError(f"Manifest {manifest_uri} has no column 'uri': add one.")
-    extra = [name for name in batch.schema.names if name not in _FACT_COLUMNS]
-    return [_manifest_row(row, extra, manifest_uri) for row in batch.to_pylist()]
-
-
-def _manifest_row(row: Row, extra: list[str], manifest_uri: str) -> Row:
-    uri = str(row["uri"] or "")
-    split_uri(uri)
-    try:
-        size = None if row.get("size") in (None, "") else int(row["size"])
-    except ValueError as error:
-        raise ConfigError(f"Manifest {manifest_uri} gives {uri} a size of no number.") from error
-    etag = row.get("etag")
-    return {
-        "uri": uri,
-        "etag": str(etag).strip('"') if etag else None,
-        "size": size,
-        "last_modified": _as_time(row.get("last_modified"), uri),
-        "metadata": [(name, str(row[name])) for name in extra if row[name] is not None] or None,
-    }
-
-
-def _as_time(value: Any, uri: str) -> datetime | None:
-    if value is None or value == "":
-        return None
-    try:
-        when = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-    except ValueError as error:
-        raise ConfigError(f"The last_modified of {uri} is no ISO 8601 time.") from error
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _first_of_each(table: pa.Table, column: str) -> pa.Table:
