@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hcodec_core.models.registry import FamilyConfig
 
 Spans = np.ndarray[Any, np.dtype[np.int32]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Part(StrEnum):
@@ -339,6 +340,18 @@ class Codec(nn.Module, ABC):
                 f"Clip {clip} claims {int(tokens.num_samples[clip])} samples, but its "
                 f"{int(base_frames[clip])} frames hold "
                 f"{int(base_frames[clip]) * self.hop_length}."
+            )
+        if self.is_variable_rate:
+            self._check_sums(base_frames, tokens.num_samples)
+
+    def _check_sums(self, base_frames: Counts, num_samples: Counts) -> None:
+        wanted = (num_samples + self.hop_length - self.min_tail_samples) // self.hop_length
+        bad = np.flatnonzero(base_frames != wanted)
+        if len(bad):
+            clip = int(bad[0])
+            raise ConfigError(
+                f"The frame_spans of clip {clip} add up to {int(base_frames[clip])} base frames; "
+                f"its {int(num_samples[clip])} samples make {int(wanted[clip])}."
             )
 
     def _to_device(self, values: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:
