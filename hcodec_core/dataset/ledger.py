@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PLAN = "hcodec.plan."
 _VERSION = "hcodec.version."
 _ROLLBACK = "hcodec.rollback."
+_COMPACTION = "hcodec.compaction."
 _NUM_DETAILED = 50
 
 
@@ -77,6 +78,16 @@ class RollbackEntry(_Entry):
     reason: str = ""
 
 
+class CompactionEntry(_Entry):
+    """A snapshot that holds the rows of ``base_snapshot_id`` in fewer files."""
+
+    snapshot_id: int
+    base_snapshot_id: int
+    compacted_at: datetime
+    num_files_before: int
+    num_files_after: int
+
+
 Entry = TypeVar("Entry", bound=_Entry)
 
 
@@ -93,6 +104,11 @@ def version_property(version: str, entry: VersionEntry) -> dict[str, str]:
 def rollback_property(number: int, entry: RollbackEntry) -> dict[str, str]:
     """Table property of the ``number``-th rollback."""
     return {f"{_ROLLBACK}{number}": entry.model_dump_json(exclude_defaults=True)}
+
+
+def compaction_property(entry: CompactionEntry) -> dict[str, str]:
+    """Table property of a compaction."""
+    return {f"{_COMPACTION}{entry.snapshot_id}": entry.model_dump_json(exclude_defaults=True)}
 
 
 def plan_entry(table: Table, plan_id: str) -> PlanEntry | None:
@@ -116,6 +132,17 @@ def rollback_entries(table: Table) -> list[RollbackEntry]:
     """All rollbacks, oldest first."""
     entries = _entries(table, _ROLLBACK, RollbackEntry)
     return [entries[number] for number in sorted(entries, key=int)]
+
+
+def uncompacted(table: Table, snapshot_id: int | None) -> int | None:
+    """The snapshot that was published with the rows of this one, before any compaction."""
+    origin = {
+        entry.snapshot_id: entry.base_snapshot_id
+        for entry in _entries(table, _COMPACTION, CompactionEntry).values()
+    }
+    while snapshot_id in origin:
+        snapshot_id = origin[snapshot_id]
+    return snapshot_id
 
 
 def version_number(version: str) -> int:
@@ -143,7 +170,8 @@ def compacted(table: Table) -> dict[str, str]:
 
 
 def version_of(table: Table, snapshot_id: int | None) -> str | None:
-    """Version that was published as a snapshot, or None."""
+    """Version that was published as a snapshot, or as what it was compacted from, or None."""
+    snapshot_id = uncompacted(table, snapshot_id)
     found = [v for v, entry in version_entries(table).items() if entry.snapshot_id == snapshot_id]
     return found[-1] if found else None
 
@@ -151,7 +179,7 @@ def version_of(table: Table, snapshot_id: int | None) -> str | None:
 def current_version(table: Table, main_snapshot_id: int | None) -> str | None:
     """Version that readers see, or None when nothing was published yet.
 
-    Where ``main`` was moved by other tools (a compaction), it is what was published or rolled back
+    Where ``main`` was moved by other tools, it is what was published or rolled back
     to last: readers see only what was validated.
     """
     version = version_of(table, main_snapshot_id)

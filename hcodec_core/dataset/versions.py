@@ -336,10 +336,14 @@ def _num_rows(table: Table, snapshot_id: int) -> int | None:
 def resolve_version(table: Table, version: str) -> tuple[str, int]:
     """Name and snapshot of ``latest``, ``v3``, or another tag or branch.
 
+    The latest version is read from its compacted files where there are such.
     Raises ``ConfigError`` naming the versions that there are.
     """
     if version == "latest":
-        name = current_version(table, main_snapshot_id(table))
+        main_id = main_snapshot_id(table)
+        name = current_version(table, main_id)
+        if name is not None and main_id is not None and version_of(table, main_id) == name:
+            return name, main_id
         if name is not None:
             return name, version_entries(table)[name].snapshot_id
     ref = None if version in {MAIN, "latest"} else table.refs().get(version)
@@ -360,7 +364,7 @@ def rollback(layout: DatasetLayout, to_version: str, reason: str = "") -> Rollba
         raise ConfigError(f"There is no version {to_version!r}: see the list of versions.")
     _, snapshot_id = resolve_version(table, to_version)
     current_id = main_snapshot_id(table)
-    if current_id == snapshot_id:
+    if current_id == snapshot_id or version_of(table, current_id) == to_version:
         return None
     entry = RollbackEntry(
         from_version=current_version(table, current_id) or "",
