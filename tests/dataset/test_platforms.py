@@ -1,0 +1,180 @@
+"""The table as other engines see it, without this package: DuckDB, Polars, Arrow, two catalogs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import polars
+import pyarrow.parquet as pq
+import pytest
+
+from hcodec_core.config import CatalogConfig, Config
+from hcodec_core.dataset.reader import open_dataset
+from hcodec_core.dataset.table import load_table
+from hcodec_core.dataset.versions import list_versions, rollback
+from hcodec_core.errors import CommitConflictError
+from tests.dataset.factories import World
+
+FIELDS = ("uri", "num_frames", "semantic", "acoustic", "metadata")
+
+
+@dataclass
+class PostgresWorld(World):
+    """A world whose catalog is a real PostgreSQL."""
+
+    catalog_uri: str = ""
+
+    @property
+    def config(self) -> Config:
+        config = super().config
+        catalog = CatalogConfig(uri=self.catalog_uri, warehouse_uri=config.catalog.warehouse_uri)
+        return config.model_copy(update={"catalog": catalog})
+
+
+@pytest.fixture
+def filled(local_world: World) -> World:
+    return fill(local_world)
+
+
+def fill(world: World) -> World:
+    """Two versions; in the second one object is gone and another is new."""
+    world.put("a.wav", "b.wav", "c.wav")
+    world.version()
+    world.delete("a.wav")
+    world.put("d.wav")
+    world.version(max_delete_share=0.9)
+    return world
+
+
+def truth(world: World, version: str = "latest") -> list[dict[str, object]]:
+    rows = open_dataset(world.config, "demo", version).to_arrow(list(FIELDS)).to_pylist()
+    return sorted(rows, key=lambda row: str(row["uri"]))
+
+
+def data_paths(world: World, version: str) -> list[str]:
+    """Parquet files of a version as pyiceberg lists them."""
+    table = load_table(world.layout)
+    ref = table.refs()[version]
+    tasks = table.scan(snapshot_id=ref.snapshot_id).plan_files()
+    return [task.file.file_path.removeprefix("file://") for task in tasks]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_duckdb_reads_the_files_of_a_version(filled: World, version: str) -> None:
+    rows = duckdb.execute(
+        f"SELECT {', '.join(FIELDS)} FROM read_parquet(?) ORDER BY uri",
+        [data_paths(filled, version)],
+    ).fetchall()
+    expected = truth(filled, version)
+    assert len(rows) == 3
+    for row, known in zip(rows, expected, strict=True):
+        assert row[:4] == tuple(known[name] for name in FIELDS[:4])
+    (num_codes,) = duckdb.execute(
+        "SELECT sum(len(acoustic)) FROM read_parquet(?)", [data_paths(filled, version)]
+    ).fetchall()[0]
+    assert num_codes == sum(len(row["acoustic"]) for row in expected)
+
+
+def test_polars_reads_the_iceberg_table(filled: World) -> None:
+    table = load_table(filled.layout)
+    for version in ("v1", "v2"):
+        snapshot_id = table.refs()[version].snapshot_id
+        frame = polars.scan_iceberg(table, snapshot_id=snapshot_id)
+        found = frame.select("uri", "num_frames", "acoustic").sort("uri").collect().to_dicts()
+        wanted = [
+            {name: row[name] for name in ("uri", "num_frames", "acoustic")}
+            for row in truth(filled, version)
+        ]
+        assert found == wanted
+
+
+def test_polars_finds_the_table_by_its_metadata_alone(filled: World) -> None:
+    location = load_table(filled.layout).metadata_location
+    frame = polars.scan_iceberg(location).filter(polars.col("num_frames") > 0)
+    assert frame.select(polars.len()).collect().item() == 3
+
+
+def test_arrow_reads_the_files(filled: World) -> None:
+    tables = [pq.read_table(path, columns=list(FIELDS)) for path in data_paths(filled, "v2")]
+    rows = sorted((row for t in tables for row in t.to_pylist()), key=lambda row: row["uri"])
+    assert rows == truth(filled, "v2")
+
+
+def _programs() -> dict[str, str]:
+    """Paths of PostgreSQL's programs; Debian keeps them out of PATH."""
+    folders = ":".join(str(path) for path in Path("/usr/lib/postgresql").glob("*/bin"))
+    found = {name: shutil.which(name) or shutil.which(name, path=folders) for name in PROGRAMS}
+    return {name: path for name, path in found.items() if path}
+
+
+PROGRAMS = ("initdb", "pg_ctl", "postgres")
+
+
+@pytest.fixture(scope="module")
+def postgres_uri() -> Iterator[str]:
+    """A PostgreSQL server of its own on the loopback interface."""
+    programs = _programs()
+    if len(programs) < len(PROGRAMS):
+        pytest.skip("PostgreSQL is not installed: the catalog was NOT tested on it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Not below pytest's folder, which belongs to one user alone: PostgreSQL refuses to run as root.
+    with tempfile.TemporaryDirectory(prefix="hcodec-postgres-") as folder:
+        as_user = {"user": "nobody"} if os.getuid() == 0 else {}
+        if as_user:
+            shutil.chown(folder, "nobody")
+        options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
+        control = [programs["pg_ctl"], "-D", f"{folder}/data", "-w"]
+        # Without pipes: the server would inherit them and hold them open.
+        quiet = {"stdout": subprocess.DEVNULL, "timeout": 120, "cwd": folder, **as_user}
+        make = [programs["initdb"], "-D", f"{folder}/data", "-U", "hcodec", "-A", "trust"]
+        subprocess.run(make, check=True, **quiet)
+        subprocess.run(
+            [*control, "-l", f"{folder}/log", "-o", options, "start"], check=True, **quiet
+        )
+        try:
+            yield f"postgresql+psycopg2://hcodec@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], check=True, **quiet)
+
+
+def test_a_postgresql_catalog_keeps_versions(
+    local_world: World, postgres_uri: str, tmp_path: Path
+) -> None:
+    world = PostgresWorld(
+        local_world.root_uri, tmp_path, local_world.storage, catalog_uri=postgres_uri
+    )
+    fill(world)
+    assert [v.version for v in list_versions(world.layout)] == ["v1", "v2"]
+    assert [row["uri"] for row in truth(world)] == [world.uri(f"{n}.wav") for n in "bcd"]
+    rollback(world.layout, "v1", "test")
+    assert [row["uri"] for row in truth(world)] == [world.uri(f"{n}.wav") for n in "abc"]
+    assert not (tmp_path / "catalog.db").exists()
+    _check_race(world)
+
+
+def _check_race(world: World) -> None:
+    """Two publishers from one base: PostgreSQL lets one win, the other is told."""
+    world.put("e.wav")
+    first = world.plan(num_shards=1)
+    world.put("f.wav")
+    second = world.plan(num_shards=1)
+    committed = []
+    for plan in (first, second):
+        world.work(plan)
+        committed.append(world.commit(plan))
+    world.publish(first, committed[0])
+    with pytest.raises(CommitConflictError):
+        world.publish(second, committed[1])
+    world.publish(second, world.commit(second))
+    uris = [row["uri"] for row in truth(world)]
+    assert uris.count(world.uri("e.wav")) == uris.count(world.uri("f.wav")) == 1
