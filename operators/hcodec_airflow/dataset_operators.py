@@ -223,6 +223,7 @@ class PublishOperator(DatasetOperator):
         super().__init__(**kwargs)
         self.committed = committed
         self.report_uri = report_uri
+        self._published: dict[str, Any] = {}
 
     def step(self, context: Context) -> dict[str, Any]:
         """See the class."""
@@ -230,7 +231,16 @@ class PublishOperator(DatasetOperator):
 
         version = steps.publish(self.committed, self.report_uri)
         self._tell(context, version)
+        self._published = version
         return version
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """For Airflow's OpenLineage provider: audio and codec in, the version of tokens out."""
+        if not self._published:
+            return None
+        from hcodec_airflow.lineage import lineage_of_publish
+
+        return lineage_of_publish(self.committed["plan_uri"], self._published)
 
     def _tell(self, context: Context, version: dict[str, Any]) -> None:
         from airflow.sdk import Asset, AssetAlias
