@@ -20,7 +20,10 @@ from hcodec_core.nn.spectral import spectrum
 class SpectralEncoderConfig:
     """Shape of a spectral encoder; ``n_fft`` and ``hop_length`` in samples.
 
-    ``stride`` spectral frames become one frame out.
+    ``stride`` spectral frames become one frame out. ``fft_is_exact``: spectra in float64. In
+    float32 the rounding of the FFT decides the phases of bins that hold next to nothing (all those
+    above the band of audio that was once sampled at a lower rate), so that features, and with them
+    codes, change with the library and even with the instruction set of the CPU.
     """
 
     n_fft: int
@@ -30,6 +33,7 @@ class SpectralEncoderConfig:
     num_convnext_layers: int
     out_dim: int
     stride: int
+    fft_is_exact: bool = True
 
 
 class SpectralEncoder(nn.Module):
@@ -57,9 +61,10 @@ class SpectralEncoder(nn.Module):
 
         N and the lengths are multiples of hop * stride, the audio is zero past each row's end.
         """
-        x = polar_features(spectrum(audio[:, 0], self.config.n_fft, self.config.hop_length))
+        heard = audio[:, 0].double() if self.config.fft_is_exact else audio[:, 0]
+        x = polar_features(spectrum(heard, self.config.n_fft, self.config.hop_length))
         lengths = lengths.divided(self.config.hop_length)
-        x = self.norm(self.conv_in(x, lengths))
+        x = self.norm(self.conv_in(x.to(audio.dtype), lengths))
         for block in self.convnext:
             x = block(x, lengths)
         x = self.final_norm(self.middle(x, lengths))
@@ -68,6 +73,17 @@ class SpectralEncoder(nn.Module):
 
 
 def polar_features(spectra: Tensor) -> Tensor:
-    """Log magnitudes (at least ln 1e-5), then phases over pi: complex [B, F, T] -> [B, 2 F, T]."""
+    """Log magnitudes (at least ln 1e-5), then phases over pi: complex [B, F, T] -> [B, 2 F, T].
+
+    FFT libraries give zeros of either sign, and a zero's sign turns a phase by pi. Phases of zeros
+    are therefore fixed here, as the published code has them on x86 CPUs: 0 up to a quarter of the
+    sample rate and at the Nyquist rate, pi between. So digital silence is the same everywhere.
+    """
     log_magnitudes = spectra.abs().clamp(min=1e-5).log()
-    return torch.cat((log_magnitudes, spectra.angle() / torch.pi), dim=1)
+    num_bins = spectra.shape[1]
+    bins = torch.arange(num_bins, device=spectra.device)[:, None]
+    is_upper = (bins > num_bins // 2) & (bins < num_bins - 1)
+    is_turned = torch.where(spectra == 0, is_upper, spectra.real < 0)
+    phases = spectra.angle() / torch.pi
+    phases = torch.where(spectra.imag == 0, is_turned.to(phases.dtype), phases)
+    return torch.cat((log_magnitudes, phases), dim=1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hcodec_core.nn.conv import RepeatUpsample1d, SameConv1d
 from hcodec_core.nn.lengths import Lengths
@@ -37,15 +40,75 @@ def test_spectra_are_those_of_torchaudio() -> None:
     from torchaudio.transforms import Spectrogram
 
     audio = torch.randn(2, 3840)
-    audio[1, 2000:] = 0
     wanted = Spectrogram(1920, hop_length=960, center=False, power=None)(
         torch.nn.functional.pad(audio, (480, 480))
     )
     found = spectrum(audio, 1920, 960)
     assert found.shape == wanted.shape == (2, 961, 4)
     torch.testing.assert_close(found, wanted)
-    # Also the signs of zeros: they decide phases in digital silence.
-    torch.testing.assert_close(found.angle(), wanted.angle(), rtol=0, atol=1e-5)
+
+
+def numpy_features(audio: Tensor) -> Tensor:
+    """Features by another FFT library."""
+    padded = np.pad(audio.numpy(), ((0, 0), (480, 480)))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 1920, axis=1)[:, ::960]
+    window = torch.hann_window(1920, dtype=audio.dtype).numpy()
+    spectra = np.fft.rfft(frames * window).transpose(0, 2, 1)
+    return polar_features(torch.from_numpy(spectra))
+
+
+def test_features_do_not_depend_on_the_fft_library() -> None:
+    """Audio that was once sampled at 16 kHz: two thirds of the bins hold next to nothing."""
+    wide = torch.randn(1, 3 * 3840).double()
+    spectra = torch.fft.rfft(wide)
+    spectra[:, spectra.shape[1] // 3 :] = 0
+    audio = torch.fft.irfft(spectra).float()
+    audio[:, -1920:] = 0
+    differences = {}
+    for kind in (torch.float64, torch.float32):
+        mine = polar_features(spectrum(audio.to(kind), 1920, 960))
+        other = numpy_features(audio.to(kind))
+        turn = (mine - other)[:, 961:].abs()
+        differences[kind] = torch.minimum(turn, 2 - turn).max()
+    assert differences[torch.float64] < 1e-6
+    assert differences[torch.float32] > 0.01, "the example does not show why float64 is needed"
+
+
+@pytest.mark.parametrize("sign", [0.0, -0.0])
+def test_silence_has_one_phase_whatever_the_signs_of_zeros(sign: float) -> None:
+    silent = torch.full((1, 961, 2), complex(sign, sign), dtype=torch.complex64)
+    phases = polar_features(silent)[0, 961:, 0]
+    assert not phases[:481].any()
+    assert (phases[481:960] == 1).all()
+    assert phases[960] == 0
+    turned = torch.tensor([[[-3.0 + 0j]], [[complex(-3.0, sign)]]])
+    assert (polar_features(turned)[:, 1] == 1).all()
+
+
+def test_spectra_are_exact_unless_asked_for_as_published() -> None:
+    audio = torch.randn(1, 1, 1280)
+    lengths = Lengths(torch.tensor([1280]), 1280)
+    encoder = SpectralEncoder(CONFIG, LstmTransformer(16, 2, 32, 1)).eval()
+    encoder.conv_in = Recorder(encoder.conv_in)
+    encoder(audio, lengths)
+    exact = polar_features(spectrum(audio[:, 0].double(), 64, 32)).float()
+    assert torch.equal(encoder.conv_in.seen, exact)
+    encoder.config = replace(CONFIG, fft_is_exact=False)
+    encoder(audio, lengths)
+    assert torch.equal(encoder.conv_in.seen, polar_features(spectrum(audio[:, 0], 64, 32)))
+    assert not torch.equal(encoder.conv_in.seen, exact)
+
+
+class Recorder(nn.Module):
+    """Keeps what a layer is given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
+        self.seen = x
+        return self.layer(x, lengths)
 
 
 def test_features_are_log_magnitudes_and_phases() -> None:

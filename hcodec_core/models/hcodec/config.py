@@ -14,6 +14,7 @@ from hcodec_core.nn.ssl_config import SslConfig, hubert_base, wav2vec2_large_xls
 from hcodec_core.nn.transformer_config import TransformerConfig
 from hcodec_core.tokens import StreamSpec
 
+Fft = Literal["float64", "float32"]
 SSL_SAMPLE_RATE = 16000
 """What SSL models hear, Hz."""
 
@@ -167,6 +168,7 @@ class SpectralHCodecConfig(HCodecConfig):
     encoder_n_fft: int
     encoder_hop_length: int
     encoder_stride: int  # spectral frames per token frame
+    encoder_fft: Fft = "float64"  # float32 is what was published
 
     @property
     def hop_length(self) -> int:

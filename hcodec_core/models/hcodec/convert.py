@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from hcodec_core.models.conversion import (
 )
 from hcodec_core.models.hcodec.config import (
     AdaptiveHCodecConfig,
+    Fft,
     HCodecConfig,
     SeanetHCodecConfig,
     SpectralHCodecConfig,
@@ -59,6 +60,7 @@ _SPECTRAL_HOP_LENGTH = 960
 _SPECTRAL_HEAD_DIM = 64
 _MARKS = {"bottleneck_transformer.": "1.5", "encoder.embed.": "2.0", "spatial_encoder.": "Spatial"}
 _STREAMS = ("semantic", "acoustic")
+_FFT_OPTIONS: tuple[Fft, ...] = get_args(Fft)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
     Shapes tell all of 1.0 and 2.0 but the numbers of heads, which never vary. For 1.5
     ``request.config_path`` may name the published configuration, as JSON, of a model with other
     heads, spans or thresholds than the released one. Rates that it states are held to the version.
+    For 2.0 the option ``fft=float32`` keeps the published rounding of spectra.
 
     Raises:
         ConfigError: No SSL model was named, or the checkpoint is of a version not supported.
@@ -118,7 +121,7 @@ def convert_checkpoint(request: ConvertRequest) -> CodecManifest:
     facts = AdaptiveFacts()
     if version == "1.5" and request.config_path is not None:
         facts = AdaptiveFacts.of(read_config(request.config_path))
-    config = config_from_shapes(state, ssl_config, facts)
+    config = config_from_shapes(state, ssl_config, facts, _fft_of(request, version))
     if request.config_path is not None:
         rates = dict.fromkeys(("sample_rate", "sampling_rate"), config.sample_rate)
         check_agreement("top level", read_config(request.config_path), rates)
@@ -151,9 +154,14 @@ def version_of(state: Mapping[str, Tensor]) -> str:
 
 
 def config_from_shapes(
-    state: Mapping[str, Tensor], ssl: SslConfig, facts: AdaptiveFacts | None = None
+    state: Mapping[str, Tensor],
+    ssl: SslConfig,
+    facts: AdaptiveFacts | None = None,
+    fft: Fft = "float64",
 ) -> HCodecConfig:
-    """Read the shape of a checkpoint off its tensors; ``facts`` complete a 1.5 (None: released).
+    """Read the shape of a checkpoint off its tensors.
+
+    ``facts`` complete a 1.5 (None: as released), ``fft`` a 2.0: the type its spectra have.
 
     Raises:
         ConfigError: The checkpoint is of a version not supported.
@@ -161,7 +169,7 @@ def config_from_shapes(
     """
     version = version_of(state)
     if version == "2.0":
-        return SpectralHCodecConfig(**_common(state, ssl), **_spectral(state))
+        return SpectralHCodecConfig(**_common(state, ssl), **_spectral(state), encoder_fft=fft)
     if version == "1.0":
         return SeanetHCodecConfig(**_common(state, ssl), **_seanet(state))
     return AdaptiveHCodecConfig(
@@ -185,12 +193,30 @@ def golden_cases(folder_path: Path, work_path: Path) -> list[GoldenCase]:
             config_path=folder_path / "config.json",
             name=folder_path.name,
             is_trained=False,
+            options=_golden_options(folder_path),
         )
     )
     with np.load(folder_path / "expected.npz") as arrays:
         make = _adaptive_case if manifest.is_variable_rate else _case
         found = (re.fullmatch(r"semantic_(\d+(?:_thr\d+)?)", key) for key in sorted(arrays))
         return [make(arrays, match[1], codec_path) for match in found if match is not None]
+
+
+def _golden_options(folder_path: Path) -> Mapping[str, str]:
+    """As published, since that is what was recorded."""
+    version = read_config(folder_path / "config.json")["version"]
+    return {"fft": "float32"} if version == "2.0" else {}
+
+
+def _fft_of(request: ConvertRequest, version: str) -> Fft:
+    unknown = sorted(request.options.keys() - ({"fft"} if version == "2.0" else set()))
+    if unknown:
+        raise ConfigError(f"H-Codec {version} has no option {unknown[0]!r}: leave it out.")
+    asked = request.options.get("fft", "float64")
+    for fft in _FFT_OPTIONS:
+        if fft == asked:
+            return fft
+    raise ConfigError(f"Option fft is {asked!r}: it can be {' or '.join(_FFT_OPTIONS)}.")
 
 
 def _case(arrays: Mapping[str, Any], name: str, codec_path: Path) -> GoldenCase:

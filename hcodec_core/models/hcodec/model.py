@@ -13,6 +13,8 @@ caller's lengths; weight norm is folded; the stream order of this project is sem
 1.5: padding is masked in aggregators and bottleneck; similarity is computed in float64; codes are
 plain and spans are told once (``offset_ids`` has the published form); the threshold that the
 published tokeniser fixes at 0.6, below all that the model was trained with, can be chosen.
+2.0: spectra are computed in float64 unless the configuration says ``float32``, as published: there
+rounding decides phases of empty bins, and codes change with the FFT library (see ``docs``).
 
 Shape letters: B batch, D feature, G token, N sample, T base frame.
 """
@@ -328,6 +330,7 @@ class SpectralHCodec(HCodec):
             "encoder_n_fft",
             "encoder_hop_length",
             "encoder_stride",
+            "encoder_fft",
             "encoder_heads",
             "semantic_strides",
             "mel",
@@ -358,6 +361,7 @@ def _acoustic_encoder(config: HCodecConfig) -> SeanetEncoder | SpectralEncoder:
             num_convnext_layers=config.encoder_convnext_layers,
             out_dim=config.latent_dim,
             stride=config.encoder_stride,
+            fft_is_exact=config.encoder_fft == "float64",
         )
         dim = config.encoder_dim
         return SpectralEncoder(
