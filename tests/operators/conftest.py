@@ -19,7 +19,9 @@ from hcodec_airflow.backends import processes
 from hcodec_airflow.backends.base import JobRequest
 from hcodec_airflow.backends.local import LocalBackend
 from hcodec_core.config import StorageConfig
+from hcodec_core.jobs import TokenizeJob
 from hcodec_core.storage import Storage, open_storage
+from hcodec_core.tokens import CodecManifest, EncodeSettings, PartDigests, StreamSpec
 
 # Airflow reads it when it is first imported, and would write into the user's home otherwise.
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="hcodec-airflow-"))
@@ -35,14 +37,57 @@ class ScriptedBackend(LocalBackend):
         return [sys.executable, "-c", self.script, str(index), plan_path]
 
 
+def toy_manifest() -> CodecManifest:
+    return CodecManifest(
+        name="c",
+        family="hcodec",
+        sample_rate=16000,
+        hop_length=320,
+        streams=(StreamSpec(name="fused", num_codebooks=1, codebook_size=16),),
+        architecture={},
+        parts=PartDigests(encoder="e", codebooks="b", decoder="d"),
+        weights_sha256="0",
+        is_trained=False,
+        num_parameters=1,
+        weights_licence="none",
+    )
+
+
+@pytest.fixture
+def write_job() -> Callable[[Storage, str], TokenizeJob]:
+    """Writes the job document of a plan of two shards and four files."""
+
+    def write(storage: Storage, plan_uri: str) -> TokenizeJob:
+        job = TokenizeJob(
+            plan_id="p1",
+            dataset="demo",
+            plan_uri=plan_uri,
+            data_uri=f"{plan_uri}/data",
+            codec_uri="hcodec-nano",
+            manifest=toy_manifest(),
+            settings=EncodeSettings(compute_class="cpu"),
+            encode_id="e",
+            num_shards=2,
+            num_files=4,
+            num_bytes=100,
+        )
+        storage.write(f"{plan_uri}/job.json", job.model_dump_json().encode())
+        return job
+
+    return write
+
+
 @pytest.fixture
 def storage() -> Storage:
     return open_storage(StorageConfig())
 
 
 @pytest.fixture
-def request_for_two(tmp_path: Path) -> JobRequest:
+def request_for_two(
+    tmp_path: Path, storage: Storage, write_job: Callable[[Storage, str], TokenizeJob]
+) -> JobRequest:
     plan_uri = f"file://{tmp_path}/plan"
+    write_job(storage, plan_uri)
     return JobRequest(
         name="tokenize-p1",
         job_uri=f"{plan_uri}/job.json",

@@ -16,8 +16,6 @@ from hcodec_airflow.backends.local import LocalBackend, open_backend
 from hcodec_airflow.job_operator import CodecJobOperator
 from hcodec_airflow.settings import read_settings
 from hcodec_airflow.triggers import CodecJobTrigger, request_from
-from hcodec_core.jobs import TokenizeJob
-from hcodec_core.tokens import CodecManifest, EncodeSettings, PartDigests, StreamSpec
 
 FINISH = """
 import pathlib, sys
@@ -36,24 +34,8 @@ HEARTBEAT = (
 SLEEP = "import time; time.sleep(60)"
 
 
-def _manifest() -> CodecManifest:
-    return CodecManifest(
-        name="c",
-        family="hcodec",
-        sample_rate=16000,
-        hop_length=320,
-        streams=(StreamSpec(name="fused", num_codebooks=1, codebook_size=16),),
-        architecture={},
-        parts=PartDigests(encoder="e", codebooks="b", decoder="d"),
-        weights_sha256="0",
-        is_trained=False,
-        num_parameters=1,
-        weights_licence="none",
-    )
-
-
 @pytest.fixture
-def job(tmp_path, monkeypatch, storage):
+def job(tmp_path, monkeypatch, storage, write_job):
     """A job document on local files, with Airflow configured to find them."""
     folder = tmp_path / "plan"
     config = tmp_path / "hcodec.toml"
@@ -65,21 +47,7 @@ def job(tmp_path, monkeypatch, storage):
     )
     monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(config))
     monkeypatch.setenv("AIRFLOW__HCODEC__LOCAL_STATE_DIR", str(tmp_path / "state"))
-    job = TokenizeJob(
-        plan_id="p1",
-        dataset="demo",
-        plan_uri=f"file://{folder}",
-        data_uri=f"file://{folder}/data",
-        codec_uri="hcodec-nano",
-        manifest=_manifest(),
-        settings=EncodeSettings(compute_class="cpu"),
-        encode_id="e",
-        num_shards=2,
-        num_files=4,
-        num_bytes=100,
-    )
-    storage.write(f"{job.plan_uri}/job.json", job.model_dump_json().encode())
-    return job
+    return write_job(storage, f"file://{folder}")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 
@@ -10,7 +11,9 @@ import pytest
 from hcodec_airflow.backends import check_backend_name, processes
 from hcodec_airflow.backends.base import Phase
 from hcodec_airflow.backends.local import LocalBackend, refuse_remote_executor, worker_environment
+from hcodec_core.dataset.leases import EndingKind, read_ending, worker_identity
 from hcodec_core.errors import ConfigError
+from hcodec_core.jobs import WorkerProgress
 
 
 def _pids(backend, request):
@@ -92,6 +95,34 @@ def test_only_ended_workers_are_restarted_and_only_so_often(
     assert _pids(backend, request_for_two)[1] == survivor
 
 
+@pytest.mark.parametrize("owner", ["try-1", "try-2"])
+def test_shards_of_an_ended_worker_are_free_at_once(
+    make_backend, request_for_two, storage, wait_until, owner
+):
+    backend = make_backend()
+    backend.submit_or_adopt(request_for_two, "try-1")
+    held = {0: "shard-a", 1: "shard-b"}
+    for index, shard in held.items():
+        report = WorkerProgress(
+            worker_id=worker_identity(f"tokenize-p1-{index}"),
+            plan_id="p1",
+            sequence=1,
+            phase="encode",
+            held_shards={shard: 1},
+        )
+        uri = f"{request_for_two.plan_uri}/workers/{report.worker_id}.json"
+        storage.write(uri, report.model_dump_json().encode())
+    processes.stop([backend._read(request_for_two).workers[0].group], grace_seconds=0)
+    wait_until(lambda: backend.observe(request_for_two).num_alive == 1)
+    if owner == "try-1":
+        backend.restart_ended(request_for_two, owner)
+    else:
+        backend.submit_or_adopt(request_for_two, owner)
+    leases = f"{request_for_two.plan_uri}/leases"
+    assert read_ending(storage, f"{leases}/shard-a", 1).kind is EndingKind.RELEASED
+    assert read_ending(storage, f"{leases}/shard-b", 1) is None
+
+
 def test_only_the_owner_kills_or_restarts(make_backend, request_for_two):
     backend = make_backend()
     backend.submit_or_adopt(request_for_two, "try-1")
@@ -124,6 +155,11 @@ def test_logs_are_read_and_archived(make_backend, request_for_two, storage, wait
     assert storage.read(uris[0]).decode().splitlines()[-1] == "49"
 
 
+def _heartbeat(sequence):
+    report = WorkerProgress(worker_id="a", plan_id="p1", sequence=sequence, phase="encode")
+    return report.model_dump_json().encode()
+
+
 def _move_to_another_host(backend, request):
     record = backend._read(request)
     elsewhere = {"host_id": "boot/pid:[1]", "host_name": "node-7"}
@@ -141,10 +177,11 @@ def test_workers_of_another_host_are_refused_while_they_move(
         backend.observe(request_for_two)
     assert not backend.kill(request_for_two, "try-1")
     stop = threading.Event()
+    numbers = itertools.count()
 
     def beat():
         while not stop.wait(0.1):
-            storage.write(f"{request_for_two.plan_uri}/workers/a.json", os.urandom(8))
+            storage.write(f"{request_for_two.plan_uri}/workers/a.json", _heartbeat(next(numbers)))
 
     beater = threading.Thread(target=beat)
     beater.start()
@@ -160,7 +197,7 @@ def test_workers_of_another_host_are_refused_while_they_move(
 def test_workers_of_a_host_that_is_gone_are_replaced(make_backend, request_for_two, storage):
     backend = make_backend()
     backend.submit_or_adopt(request_for_two, "try-1")
-    storage.write(f"{request_for_two.plan_uri}/workers/a.json", b"last words")
+    storage.write(f"{request_for_two.plan_uri}/workers/a.json", _heartbeat(1))
     local = _move_to_another_host(backend, request_for_two)
     processes.stop([worker.group for worker in local.workers], grace_seconds=0)
     assert backend.submit_or_adopt(request_for_two, "try-2").num_alive == 2
@@ -172,8 +209,9 @@ def test_the_real_command(storage, tmp_path, request_for_two):
     command = backend._command(request_for_two, tmp_path, 1)
     assert command[1:5] == ["-m", "hcodec_core.cli", "run", request_for_two.job_uri]
     assert command[5:] == [
-        "--config", str(tmp_path / "hcodec.toml"), "--index", "1", "--device", "cpu",
-        "--threads", "1", "--decoders", "1", "--scratch", str(tmp_path / "scratch" / "1"),
+        "--config", str(tmp_path / "hcodec.toml"), "--index", "1", "--identity", "tokenize-p1-1",
+        "--device", "cpu", "--threads", "1", "--decoders", "1",
+        "--scratch", str(tmp_path / "scratch" / "1"),
     ]  # fmt: skip
 
 

@@ -165,6 +165,7 @@ class LocalBackend:
         """The record as ``owner``'s; a new owner starts counting again."""
         record = self._read(request)
         if record is None or record.host_id != processes.host_id():
+            self._free_shards(request, record.workers if record else ())
             return JobRecord(
                 host_id=processes.host_id(),
                 host_name=processes.host_name(),
@@ -174,6 +175,7 @@ class LocalBackend:
         if record.owner == owner and not record.is_killed:
             return record
         alive = [w for w in record.workers if processes.is_alive(w.group)]
+        self._free_shards(request, [w for w in record.workers if w not in alive])
         logger.info("Adopted %d running workers of an earlier try.", len(alive))
         workers = tuple(worker.model_copy(update={"num_starts": 1}) for worker in alive)
         return record.model_copy(update={"owner": owner, "is_killed": False, "workers": workers})
@@ -191,6 +193,8 @@ class LocalBackend:
         num_starts = known.num_starts + 1 if known else 1
         if num_starts > request.max_restarts + 1:
             return record
+        if known is not None:
+            self._free_shards(request, [known])
         group = self._start(request, record, index)
         started = WorkerRecord(
             index=index, pid=group.pid, started_at=group.started_at, num_starts=num_starts
@@ -223,6 +227,7 @@ class LocalBackend:
         options = {
             "--config": self._config_path,
             "--index": index,
+            "--identity": _identity(request, index),
             "--device": resources.device,
             "--threads": resources.threads,
             "--decoders": resources.decoders,
@@ -230,6 +235,20 @@ class LocalBackend:
         }
         words = [str(word) for option in options.items() for word in option]
         return [sys.executable, "-m", "hcodec_core.cli", "run", request.job_uri, *words]
+
+    def _free_shards(self, request: JobRequest, ended: Sequence[WorkerRecord]) -> None:
+        """Let others take the shards of workers that ended at once, not after a lease."""
+        if not ended:
+            return
+        from hcodec_core.dataset.shards import release_attempts_of
+        from hcodec_core.jobs import read_job
+
+        job = read_job(self._storage.read(request.job_uri))
+        for worker in ended:
+            identity = _identity(request, worker.index)
+            freed = release_attempts_of(self._storage, job, identity, "its worker has ended")
+            if freed:
+                logger.info("Freed %d shards that worker %d held.", len(freed), worker.index)
 
     def _look(self, record: JobRecord, worker: WorkerRecord) -> Worker:
         alive = processes.is_alive(worker.group)
@@ -290,6 +309,11 @@ class LocalBackend:
         with (folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _identity(request: JobRequest, index: int) -> str:
+    """Name that a worker is started with, found again in its leases and reports."""
+    return f"{request.name}-{index}"
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:

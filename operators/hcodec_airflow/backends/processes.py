@@ -28,6 +28,7 @@ echo $? > "$out.part" && mv "$out.part" "$out"
 """
 _START_TIME_TOLERANCE_SECONDS = 0.5
 _KILL_POLL_SECONDS = 0.1
+_ASK_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,13 @@ def is_alive(group: ProcessGroup) -> bool:
 
 def stop(groups: Sequence[ProcessGroup], grace_seconds: float) -> None:
     """End the groups: ask politely, and after ``grace_seconds`` by force."""
-    _signal_all(groups, signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
-    while time.monotonic() < deadline and any(map(is_alive, groups)):
+    next_ask = 0.0
+    while (now := time.monotonic()) < deadline and any(map(is_alive, groups)):
+        if now >= next_ask:
+            # Again and again: a group that has just begun may get its next member after this.
+            _signal_all(groups, signal.SIGTERM)
+            next_ask = now + _ASK_AGAIN_SECONDS
         time.sleep(_KILL_POLL_SECONDS)
     _signal_all(groups, signal.SIGKILL)
 
