@@ -14,7 +14,7 @@ MINUTES ?= 20
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop demo-clean test test-slow lint types layers check clean chaos
+.PHONY: help setup demo demo-stop demo-clean test test-slow lint types layers check clean chaos bench-dataset
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ test-slow: $(STAMP) ## Run the longer suites
 
 chaos: $(STAMP) ## Break the pipeline on purpose and count rows (SEED=1 MINUTES=20)
 	$(BIN)/python -m tests.chaos.harness --seed $(SEED) --minutes $(MINUTES)
+
+bench-dataset: $(STAMP) ## Measure how the dataset layer scales; writes docs/benchmarks/dataset.md (minutes)
+	$(BIN)/python -m tests.benchmarks.bench_dataset
 
 lint: $(STAMP) ## ruff: style and format
 	$(BIN)/ruff check .
