@@ -16,6 +16,7 @@ Readers accept every format version up to their own and refuse later ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Literal
 
@@ -124,11 +125,80 @@ class Timings(_Document):
     total_seconds: float = 0.0
 
 
+class DepthAgreement(_Document):
+    """How the codes of one codebook agree with those of mode exact, over base frames.
+
+    ``num_frames``: frames compared; ``num_equal``: equal codes. ``num_reached``: frames in which
+    all codebooks before this one agree; ``num_diverged``: of these, frames in which this one is the
+    first that does not. Deeper codes of a frame that diverged say nothing: they quantise another
+    residual.
+    """
+
+    stream: str
+    codebook: int
+    num_frames: int
+    num_equal: int
+    num_reached: int
+    num_diverged: int
+
+    @property
+    def equal_share(self) -> float | None:
+        """Share of equal codes; None when nothing was compared."""
+        return self.num_equal / self.num_frames if self.num_frames else None
+
+    @property
+    def holding_share(self) -> float | None:
+        """Share of the frames reached in which this codebook agrees too; None when none was."""
+        return 1 - self.num_diverged / self.num_reached if self.num_reached else None
+
+
+class ModeAgreement(_Document):
+    """Codes of mode fast against those of mode exact, over a sample of clips.
+
+    ``num_starts``, ``num_exact_starts``, ``num_common_starts``: tokens in mode fast, in mode exact,
+    and of these such as begin at the same base frame; all equal where the rate is fixed.
+    """
+
+    num_clips: int
+    audio_seconds: float
+    num_starts: int
+    num_exact_starts: int
+    num_common_starts: int
+    depths: list[DepthAgreement]
+
+    @property
+    def boundary_f1(self) -> float:
+        """Harmonic mean of precision and recall of the frames at which tokens begin."""
+        total = self.num_starts + self.num_exact_starts
+        return 2 * self.num_common_starts / total if total else 1.0
+
+    @classmethod
+    def total(cls, parts: Iterable[ModeAgreement]) -> ModeAgreement | None:
+        """Counts of several measurements of one codec added up; None when there is none."""
+        parts = list(parts)
+        if not parts:
+            return None
+        sums = {
+            name: sum(getattr(part, name) for part in parts)
+            for name in cls.model_fields
+            if name != "depths"
+        }
+        columns = zip(*(part.depths for part in parts), strict=True)
+        return cls(**sums, depths=[_total_of(column) for column in columns])
+
+
+def _total_of(depths: Sequence[DepthAgreement]) -> DepthAgreement:
+    counts = ("num_frames", "num_equal", "num_reached", "num_diverged")
+    sums = {name: sum(getattr(depth, name) for depth in depths) for name in counts}
+    return depths[0].model_copy(update=sums)
+
+
 class ShardResult(_Document):
     """The outcome of a shard; created once (If-None-Match: *), never changed.
 
     ``done``: ``data_file`` holds all rows (None when no file of the shard gave tokens). ``failed``:
-    every counted attempt ended in an error; terminal within its plan only.
+    every counted attempt ended in an error; terminal within its plan only. ``agreement``: only for
+    mode fast, measured on the shard's first minute of audio.
     """
 
     format_version: Literal[1] = 1
@@ -145,6 +215,7 @@ class ShardResult(_Document):
     num_tokens: int = 0
     timings: Timings = Timings()
     build: dict[str, str] = {}
+    agreement: ModeAgreement | None = None
 
 
 class WorkerProgress(_Document):

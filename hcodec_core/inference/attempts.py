@@ -30,6 +30,7 @@ from hcodec_core.dataset.shards import (
     upload_shard,
 )
 from hcodec_core.errors import AudioError, HCodecError, LeaseLostError, PreemptedError
+from hcodec_core.inference.agreement import AgreementTally
 from hcodec_core.inference.batching import Encoded
 from hcodec_core.inference.feed import ClipPart, FedFile, Feed, FeedParts, FeedSeconds, quarantined
 from hcodec_core.inference.joining import FileTokens, interior_of, join
@@ -65,6 +66,7 @@ class _Tally:
     encode_seconds: float = 0.0
     write_seconds: float = 0.0
     feed_seconds: FeedSeconds = field(default_factory=FeedSeconds)
+    agreement: AgreementTally = field(default_factory=AgreementTally)
     started: float = field(default_factory=time.monotonic)
 
     def add(self, outcome: FileOutcome, num_tokens: int, encode_seconds: float) -> None:
@@ -198,7 +200,7 @@ class Attempt(threading.Thread):
         outcome, num_tokens, encode_seconds = fed.outcome, 0, 0.0
         if fed.info is not None:
             try:
-                tokens, encode_seconds = self._tokens_of(fed.parts, fed.info)
+                tokens, encode_seconds = self._tokens_of(fed.parts, fed.info, tally)
             except AudioError as error:
                 outcome = quarantined(fed.file, error.reason, str(error))
             else:
@@ -215,12 +217,16 @@ class Attempt(threading.Thread):
         tally.add(outcome, num_tokens, encode_seconds)
         self._workshop.board.advance(Gain(0, 1, outcome.audio_seconds, num_tokens, encode_seconds))
 
-    def _tokens_of(self, parts: Sequence[ClipPart], info: DecodedInfo) -> tuple[FileTokens, float]:
+    def _tokens_of(
+        self, parts: Sequence[ClipPart], info: DecodedInfo, tally: _Tally
+    ) -> tuple[FileTokens, float]:
         pieces, seconds = [], 0.0
         try:
             for part in parts:
                 encoded = self._await(part.encoded)
                 seconds += encoded.seconds
+                if encoded.reference is not None:
+                    tally.agreement.add(encoded.tokens, encoded.reference)
                 pieces.append(interior_of(encoded.tokens, part.first_frame, part.end_frame))
         finally:
             for part in parts:
@@ -281,6 +287,7 @@ class Attempt(threading.Thread):
             num_tokens=tally.num_tokens,
             timings=tally.timings(),
             build=self._workshop.build,
+            agreement=tally.agreement.result(self._workshop.feed.spec.sample_rate),
         )
 
     def _give_up(self) -> None:

@@ -26,7 +26,7 @@ _FAREWELL_SECONDS = 5.0
 
 
 class ClipEncoder(Protocol):
-    """What batches are run with; ``Engine`` is one."""
+    """What clips are encoded with; ``Engine`` is one."""
 
     def encode_clips(self, clips: list[Clip], cuts: list[Cuts] | None = None) -> list[ClipTokens]:
         """Tokens of each clip, in order; ``cuts`` are left out when no clip has any."""
@@ -34,10 +34,14 @@ class ClipEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one clip, and its share of the seconds that its batch took."""
+    """Tokens of one clip, and its share of the seconds that its batch took.
+
+    reference: what the batcher's ``reference`` made of the clip, when it was asked to.
+    """
 
     tokens: ClipTokens
     seconds: float
+    reference: ClipTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class _Waiting:
     cuts: Cuts
     future: Future[Encoded]
     arrived: float
+    is_sampled: bool
 
 
 class Batcher:
@@ -61,7 +66,8 @@ class Batcher:
 
     shape_of: from samples of a clip to the batch that it belongs to. max_held_samples: how much
     audio may wait before part-filled batches run and ``submit`` blocks. max_wait_seconds: how long
-    a clip waits for company while others still feed.
+    a clip waits for company while others still feed. reference: encodes clips that are sampled once
+    more, each alone.
     """
 
     def __init__(
@@ -71,9 +77,11 @@ class Batcher:
         *,
         max_held_samples: int,
         max_wait_seconds: float = 5.0,
+        reference: ClipEncoder | None = None,
     ) -> None:
         """Start the thread."""
         self._encoder = encoder
+        self._reference = reference
         self._shape_of = shape_of
         self._max_held_samples = max_held_samples
         self._max_wait_seconds = max_wait_seconds
@@ -97,13 +105,14 @@ class Batcher:
             self._num_feeding -= 1
             self._changed.notify_all()
 
-    def submit(self, clip: Clip, cuts: Cuts = ()) -> Future[Encoded]:
+    def submit(self, clip: Clip, cuts: Cuts = (), *, is_sampled: bool = False) -> Future[Encoded]:
         """Hand over a clip, float32 [N]; blocks while too much audio is held.
 
-        ``cuts``: base frames at which a token of a variable rate has to begin. The future raises
-        what encoding raised. Raises ``PreemptedError`` when closed.
+        ``cuts``: base frames at which a token of a variable rate has to begin. ``is_sampled``: also
+        encode it with the reference, if there is one. The future raises what encoding raised.
+        Raises ``PreemptedError`` when closed.
         """
-        waiting = _Waiting(clip, cuts, Future(), time.monotonic())
+        waiting = _Waiting(clip, cuts, Future(), time.monotonic(), is_sampled)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_closed or self._held_samples < self._max_held_samples
@@ -177,7 +186,9 @@ class Batcher:
     def _encode(self, batch: list[_Waiting]) -> None:
         started = time.monotonic()
         try:
-            tokens = self._tokens_of(batch)
+            tokens = self._tokens_of(self._encoder, batch)
+            seconds = time.monotonic() - started
+            references = [self._reference_of(waiting) for waiting in batch]
         except AudioError as error:
             self._encode_singly(batch, error)
             return
@@ -185,18 +196,22 @@ class Batcher:
             for waiting in batch:
                 waiting.future.set_exception(error)
             return
-        seconds = time.monotonic() - started
         self.busy_seconds += seconds
         num_samples = sum(len(waiting.clip) for waiting in batch)
-        for waiting, clip_tokens in zip(batch, tokens, strict=True):
+        for waiting, clip_tokens, reference in zip(batch, tokens, references, strict=True):
             share = seconds * len(waiting.clip) / num_samples
-            waiting.future.set_result(Encoded(clip_tokens, share))
+            waiting.future.set_result(Encoded(clip_tokens, share, reference))
 
-    def _tokens_of(self, batch: list[_Waiting]) -> list[ClipTokens]:
+    def _reference_of(self, waiting: _Waiting) -> ClipTokens | None:
+        if self._reference is None or not waiting.is_sampled:
+            return None
+        return self._tokens_of(self._reference, [waiting])[0]
+
+    def _tokens_of(self, encoder: ClipEncoder, batch: list[_Waiting]) -> list[ClipTokens]:
         clips = [waiting.clip for waiting in batch]
         if any(waiting.cuts for waiting in batch):
-            return self._encoder.encode_clips(clips, [waiting.cuts for waiting in batch])
-        return self._encoder.encode_clips(clips)
+            return encoder.encode_clips(clips, [waiting.cuts for waiting in batch])
+        return encoder.encode_clips(clips)
 
     def _encode_singly(self, batch: list[_Waiting], error: AudioError) -> None:
         """One clip spoils a batch: find it, so that the others do not suffer."""

@@ -2,14 +2,15 @@
 
 In mode ``exact`` a clip runs in a batch whose shape follows from its own length alone
 (``ShapeRule``); rows left over stay zero. Together with fixed threads and plain float32 arithmetic
-that makes its codes a function of the audio and the codec's settings.
+that makes its codes a function of the audio and the codec's settings. In mode ``fast`` clips of
+like length run together in any shape, as many as memory holds (see ``arithmetic``, ``shaping``).
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,17 @@ import numpy.typing as npt
 import torch
 
 from hcodec_core.errors import AudioError, ConfigError, QuarantineReason
+from hcodec_core.inference.arithmetic import Mode, decoding, encoding
+from hcodec_core.inference.batch_runner import BatchRunner
+from hcodec_core.inference.shaping import (
+    Batch,
+    BatchBudget,
+    in_equal_lengths,
+    in_fixed_shapes,
+    in_free_shapes,
+)
 from hcodec_core.models.base import Codec, TokenStarts
-from hcodec_core.tokens import Codes, TokenBatch
+from hcodec_core.tokens import CodecSpec, Codes, EncodeSettings, TokenBatch
 
 Clip = npt.NDArray[np.float32]
 Cuts = Sequence[int]
@@ -77,6 +87,18 @@ class Engine:
             )
         self.codec = codec
         self.num_threads = num_threads
+        self.mode: Mode = codec.spec.settings.mode
+        self._encoder, self._decoder = (
+            BatchRunner(codec.device, self.mode, codec.spec.settings.shapes) for _ in range(2)
+        )
+
+    def in_mode(self, mode: Mode) -> Engine:
+        """The same codec, its weights shared, in another mode with the shapes that suit it."""
+        spec = self.codec.spec
+        values = spec.settings.model_dump(exclude={"shapes"}) | {"mode": mode}
+        settings = EncodeSettings.model_validate(values)
+        codec = copy.copy(self.codec).bind(CodecSpec(spec.manifest, settings))
+        return Engine(codec, self.num_threads)
 
     def encode_clips(
         self, clips: Sequence[Clip], cuts: Sequence[Cuts] | None = None
@@ -93,10 +115,12 @@ class Engine:
         """
         for index, clip in enumerate(clips):
             self._check_clip(index, clip)
-        done: dict[int, ClipTokens] = {}
-        with _arithmetic(self.num_threads, self._is_exact):
-            for batch in self._encode_batches([len(clip) for clip in clips]):
-                done.update(self._encode_batch(batch, clips, cuts))
+        with encoding(self.codec.device, self.mode, self.num_threads):
+            done = self._encoder.run(
+                self._encode_batches([len(clip) for clip in clips]),
+                lambda batch: self._encode_batch(batch, clips, cuts),
+                self.codec.sample_rate,
+            )
         return [done[index] for index in range(len(clips))]
 
     def decode_clips(
@@ -116,22 +140,21 @@ class Engine:
             ForeignTokensError: The tokens belong to another codec.
             ConfigError: Codes out of range, or lengths that do not fit.
         """
-        done: dict[int, Clip] = {}
         sizes = [
             self.codec.base_frames(index, clip.num_frames, clip.frame_spans)
             for index, clip in enumerate(clips)
         ]
-        with _arithmetic(self.num_threads, self._is_exact):
-            for batch in self._batches(sizes):
-                tokens = self._token_batch(batch, clips, codebook_id)
-                audio = self.codec.decode(tokens, num_codebooks).cpu().numpy()
-                for row, index in enumerate(batch.indices):
-                    done[index] = audio[row, 0, : clips[index].num_samples].copy()
+        with decoding(self.mode, self.num_threads):
+            done = self._decoder.run(
+                self._batches(sizes, self._decoder.budget),
+                lambda batch: self._decode_batch(batch, clips, num_codebooks, codebook_id),
+                float(self.codec.spec.frame_rate),
+            )
         return [done[index] for index in range(len(clips))]
 
     @property
     def _is_exact(self) -> bool:
-        return self.codec.spec.settings.mode == "exact"
+        return self.mode == "exact"
 
     def _check_clip(self, index: int, clip: Clip) -> None:
         if clip.ndim != 1 or clip.dtype != np.float32:
@@ -151,35 +174,32 @@ class Engine:
                 QuarantineReason.NON_FINITE, f"Clip {index} has samples that are not finite."
             )
 
-    def _encode_batches(self, num_samples: Sequence[int]) -> Iterator[_Batch]:
+    def _encode_batches(self, num_samples: Sequence[int]) -> Iterator[Batch]:
         """Batches of clips; ``size`` in samples."""
+        spec, budget = self.codec.spec, self._encoder.budget
         if self.codec.batching == "equal-length":
-            yield from _equal_lengths(num_samples, 1 if self._is_exact else None)
+            yield from in_equal_lengths(num_samples, self._rows_of_length)
             return
         hop = self.codec.hop_length
-        for batch in self._batches([self.codec.spec.num_frames(size) for size in num_samples]):
-            yield _Batch(batch.indices, batch.num_rows, batch.size * hop)
+        for batch in self._batches([spec.num_frames(size) for size in num_samples], budget):
+            yield Batch(batch.indices, batch.num_rows, batch.size * hop)
 
-    def _batches(self, num_frames: Sequence[int]) -> Iterator[_Batch]:
+    def _rows_of_length(self, num_samples: int) -> int:
+        if self._is_exact:
+            return 1
+        rows = self._encoder.budget.rows(num_samples / self.codec.sample_rate)
+        return min(rows, self.codec.spec.settings.shapes.max_rows)
+
+    def _batches(self, num_frames: Sequence[int], budget: BatchBudget) -> Iterator[Batch]:
         """Batches of clips, long ones first; ``size`` in base frames."""
         shapes, rate = self.codec.spec.settings.shapes, self.codec.spec.frame_rate
-        bounds = {size: shapes.bucket_frames(size) for size in set(num_frames)}
-        order = sorted(range(len(num_frames)), key=lambda index: -num_frames[index])
-        while order:
-            longest = num_frames[order[0]]
-            bound = bounds[longest]
-            rows = shapes.bucket_rows(bound, rate)
-            chosen = order[:rows]
-            if self._is_exact:
-                chosen = [index for index in chosen if bounds[num_frames[index]] == bound]
-                yield _Batch(chosen, rows, bound)
-            else:
-                yield _Batch(chosen, len(chosen), longest)
-            order = order[len(chosen) :]
+        if self._is_exact:
+            return in_fixed_shapes(num_frames, shapes, rate)
+        return in_free_shapes(num_frames, shapes, rate, budget)
 
     def _encode_batch(
-        self, batch: _Batch, clips: Sequence[Clip], cuts: Sequence[Cuts] | None
-    ) -> Iterator[tuple[int, ClipTokens]]:
+        self, batch: Batch, clips: Sequence[Clip], cuts: Sequence[Cuts] | None
+    ) -> list[tuple[int, ClipTokens]]:
         audio = np.zeros((batch.num_rows, 1, batch.size), dtype=np.float32)
         num_samples = np.zeros(batch.num_rows, dtype=np.int64)
         for row, index in enumerate(batch.indices):
@@ -187,10 +207,23 @@ class Engine:
             num_samples[row] = len(clips[index])
         starts = None if cuts is None else self._starts(batch, cuts)
         tokens = self.codec.encode(torch.from_numpy(audio), torch.from_numpy(num_samples), starts)
-        for row, index in enumerate(batch.indices):
-            yield index, _clip_of(tokens, row)
+        return [(index, _clip_of(tokens, row)) for row, index in enumerate(batch.indices)]
 
-    def _starts(self, batch: _Batch, cuts: Sequence[Cuts]) -> TokenStarts:
+    def _decode_batch(
+        self,
+        batch: Batch,
+        clips: Sequence[ClipTokens],
+        num_codebooks: int | None,
+        codebook_id: str | None,
+    ) -> list[tuple[int, Clip]]:
+        tokens = self._token_batch(batch, clips, codebook_id)
+        audio = self.codec.decode(tokens, num_codebooks).cpu().numpy()
+        return [
+            (index, audio[row, 0, : clips[index].num_samples].copy())
+            for row, index in enumerate(batch.indices)
+        ]
+
+    def _starts(self, batch: Batch, cuts: Sequence[Cuts]) -> TokenStarts:
         num_frames = -(-batch.size // self.codec.hop_length)
         frames = torch.zeros(batch.num_rows, num_frames, dtype=torch.bool)
         for row, index in enumerate(batch.indices):
@@ -198,7 +231,7 @@ class Engine:
         return TokenStarts(frames)
 
     def _token_batch(
-        self, batch: _Batch, clips: Sequence[ClipTokens], codebook_id: str | None
+        self, batch: Batch, clips: Sequence[ClipTokens], codebook_id: str | None
     ) -> TokenBatch:
         chosen = [clips[index] for index in batch.indices]
         unused = batch.num_rows - len(chosen)
@@ -217,26 +250,6 @@ class Engine:
         )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Clips that run together: ``num_rows`` rows of ``size`` samples or base frames."""
-
-    indices: Sequence[int]
-    num_rows: int
-    size: int
-
-
-def _equal_lengths(num_samples: Sequence[int], max_rows: int | None) -> Iterator[_Batch]:
-    by_length: dict[int, list[int]] = {}
-    for index, size in enumerate(num_samples):
-        by_length.setdefault(size, []).append(index)
-    for size, indices in by_length.items():
-        rows = max_rows or len(indices)
-        for start in range(0, len(indices), rows):
-            chosen = indices[start : start + rows]
-            yield _Batch(chosen, len(chosen), size)
-
-
 def _clip_of(tokens: TokenBatch, row: int) -> ClipTokens:
     num_frames = int(tokens.num_frames[row])
     spans = tokens.frame_spans
@@ -252,39 +265,12 @@ def _at_row(spans: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return spans[None, :]
 
 
-def _stack(arrays: Sequence[npt.NDArray[np.int32]], batch: _Batch) -> npt.NDArray[np.int32]:
+def _stack(arrays: Sequence[npt.NDArray[np.int32]], batch: Batch) -> npt.NDArray[np.int32]:
     """Arrays [Q, T] as one [num_rows, Q, size], zero where there is nothing."""
     stacked = np.zeros((batch.num_rows, arrays[0].shape[0], batch.size), dtype=np.int32)
     for row, array in enumerate(arrays):
         stacked[row, :, : array.shape[1]] = array
     return stacked
-
-
-@contextmanager
-def _arithmetic(num_threads: int, is_exact: bool) -> Iterator[None]:
-    """Fix what torch may choose freely, and put it back afterwards.
-
-    Besides threads: TF32 and kernel choice by timing are off in mode exact. The forward passes hold
-    no atomic additions, so kernels are deterministic without torch's global switch, which would
-    demand an environment variable.
-    """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (
-        torch.get_num_threads(),
-        cudnn.allow_tf32,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        matmul.allow_tf32,
-    )
-    try:
-        torch.set_num_threads(num_threads)
-        cudnn.allow_tf32, cudnn.benchmark = not is_exact, not is_exact
-        cudnn.deterministic, matmul.allow_tf32 = is_exact, not is_exact
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before[1:4]
-        matmul.allow_tf32 = before[4]
 
 
 def _plain(name: str) -> str:

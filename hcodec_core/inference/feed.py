@@ -39,6 +39,7 @@ _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 2.0
 _MAX_FILES_AHEAD = 256
 _DETAIL_CHARS = 500
+_SAMPLED_SECONDS = 60.0  # of each shard, from its first clips: a sixtieth of an hour
 
 Check = Callable[[], None]
 """Called often while waiting; raises when the work is to stop."""
@@ -156,6 +157,7 @@ class Feed:
         self._num_open = len(files)
         self._is_feeding = False
         self._num_bytes_seen = 0
+        self._num_sampled_samples = 0
         self._threads = [
             *self._make_threads("download", parts.num_downloads, self._download_all),
             *self._make_threads("decode", parts.num_decoders, self._decode_all),
@@ -335,9 +337,21 @@ class Feed:
         if self._parts.spec.manifest.is_variable_rate:
             # No token may hold frames of the halo beside frames that are kept.
             cuts = tuple(frame for frame in (first, end) if frame)
-        encoded = self._parts.batcher.submit(segment.samples, cuts)
+        encoded = self._parts.batcher.submit(
+            segment.samples, cuts, is_sampled=self._is_sampled(num_samples)
+        )
         encoded.add_done_callback(lambda _: self._progress())
         return ClipPart(first, end, encoded)
+
+    def _is_sampled(self, num_samples: int) -> bool:
+        """Whether the next clip is one of those that measure mode fast."""
+        spec = self._parts.spec
+        if spec.settings.mode == "exact":
+            return False
+        with self._changed:
+            is_wanted = self._num_sampled_samples < _SAMPLED_SECONDS * spec.sample_rate
+            self._num_sampled_samples += num_samples * is_wanted
+            return is_wanted
 
     def _add(self, fed: FedFile) -> None:
         with self._changed:

@@ -11,6 +11,8 @@ import torch
 
 from hcodec_core import __version__
 from hcodec_core.errors import HCodecError
+from hcodec_core.inference.arithmetic import narrow_type
+from hcodec_core.inference.engine import Engine
 from hcodec_core.jobs import TokenizeJob, WorkerProgress
 from hcodec_core.storage import Storage, join_uri
 
@@ -106,11 +108,13 @@ class ProgressBoard:
             self.write()
 
 
-def build_of(compute_class: str) -> dict[str, str]:
+def build_of(engine: Engine) -> dict[str, str]:
     """What made the tokens: versions of code, libraries and compute class; nothing of the host."""
+    narrow = narrow_type(engine.codec.device, engine.mode)
     return {
         "hcodec": __version__,
-        "compute_class": compute_class,
+        "compute_class": engine.codec.spec.settings.compute_class,
+        "arithmetic": str(narrow or torch.float32).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -163,6 +163,7 @@ def _open_workshop(
             engine,
             batch_shapes(engine.codec),
             max_held_samples=int(held_seconds * spec.sample_rate),
+            reference=None if engine.mode == "exact" else engine.in_mode("exact"),
         )
     )
     return Workshop(
@@ -180,7 +181,7 @@ def _open_workshop(
             num_downloads=options.num_downloads,
         ),
         board=board,
-        build=build_of(job.settings.compute_class),
+        build=build_of(engine),
         scratch_path=options.scratch_path,
         settle_seconds=_terms(job, options).interval_seconds,
     )
