@@ -23,7 +23,8 @@ setup: $(STAMP) ## Make the environment in .venv (pinned; TORCH_INDEX=... choose
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): Airflow, torch ($(TORCH)), pyiceberg, Great Expectations and the development tools,"
-	@echo "about 220 packages, 2.5 GB on disk with a CPU build of torch; versions pinned in constraints.txt."
+	@echo "about 230 packages, versions pinned in constraints.txt. On disk: 2.5 GB with a CPU build of torch,"
+	@echo "6.5 GB with the CUDA build that the package index gives on Linux (TORCH_INDEX chooses, see above)."
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
