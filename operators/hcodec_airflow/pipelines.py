@@ -61,7 +61,6 @@ def tokenize_dag(
         schedule: Cron text or preset, None for manual runs only.
         description: One line under its name.
     """
-    fixed = dict(fixed or {})
     with DAG(
         dag_id,
         description=description,
@@ -76,34 +75,36 @@ def tokenize_dag(
         doc_md=_PAGE,
         tags=["hcodec", "tokenize"],
     ) as dag:
-        # Templates and not XComArgs: those draw an arrow from the lock to every task.
-        held = "{{ ti.xcom_pull('lock') }}"
-        planned = "{{ ti.xcom_pull('plan') }}"
-        committed = "{{ ti.xcom_pull('commit') }}"
-        lock = LockDatasetOperator(task_id="lock", request=fixed)
-        inventory = InventoryOperator(task_id="inventory", request=fixed, lock=held)
-        plan = PlanOperator(
-            task_id="plan", request=fixed, lock=held, inventory="{{ ti.xcom_pull('inventory') }}"
-        )
-        tokenize = CodecJobOperator(
-            task_id="tokenize",
-            job="{{ ti.xcom_pull('plan')['job_uri'] }}",
-            workers="{{ params.workers }}",
-            lock=held,
-        )
-        commit = CommitOperator(task_id="commit", lock=held, plan=planned)
-        validate = ValidateOperator(task_id="validate", lock=held, committed=committed)
-        publish = PublishOperator(
-            task_id="publish",
-            lock=held,
-            committed=committed,
-            report_uri="{{ ti.xcom_pull('validate') }}",
-            outlets=[outlet],
-        )
-        release = ReleaseLockOperator(task_id="release", lock=held)
-        release.as_teardown(setups=lock)
-        lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release
+        _add_tasks(dict(fixed or {}), outlet)
     return dag
+
+
+def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
+    # Templates and not XComArgs: those draw an arrow from the lock to every task.
+    held = "{{ ti.xcom_pull('lock') }}"
+    listed = "{{ ti.xcom_pull('inventory') }}"
+    committed = "{{ ti.xcom_pull('commit') }}"
+    lock = LockDatasetOperator(task_id="lock", request=fixed)
+    inventory = InventoryOperator(task_id="inventory", request=fixed, lock=held)
+    plan = PlanOperator(task_id="plan", request=fixed, lock=held, inventory=listed)
+    tokenize = CodecJobOperator(
+        task_id="tokenize",
+        job="{{ ti.xcom_pull('plan')['job_uri'] }}",
+        workers="{{ params.workers }}",
+        lock=held,
+    )
+    commit = CommitOperator(task_id="commit", lock=held, plan="{{ ti.xcom_pull('plan') }}")
+    validate = ValidateOperator(task_id="validate", lock=held, committed=committed)
+    publish = PublishOperator(
+        task_id="publish",
+        lock=held,
+        committed=committed,
+        report_uri="{{ ti.xcom_pull('validate') }}",
+        outlets=[outlet],
+    )
+    release = ReleaseLockOperator(task_id="release", lock=held)
+    release.as_teardown(setups=lock)
+    lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release
 
 
 def corpus_dag() -> DAG:

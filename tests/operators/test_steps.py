@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
+from airflow.sdk.exceptions import AirflowFailException
 
 from hcodec_airflow import steps
+from hcodec_airflow.dataset_operators import InventoryOperator
 from hcodec_airflow.requests import read_request
 from hcodec_core.config import StorageConfig
 from hcodec_core.dataset.table import load_table
@@ -45,6 +48,14 @@ def test_inventory_of_a_run_is_taken_anew_when_asked_again(world):
     assert again["inventory_uri"] == first["inventory_uri"]
     assert (first["num_files"], again["num_files"]) == (1, 2)
     assert steps.inventory(request, "d/b")["inventory_uri"] != first["inventory_uri"]
+
+
+def test_source_outside_the_allowed_prefixes_is_not_retried(world):
+    operator = InventoryOperator(task_id="inventory")
+    task = SimpleNamespace(dag_id="d", run_id="a")
+    form = {"source": "s3://elsewhere/audio/", "dataset": "demo"}
+    with pytest.raises(AirflowFailException, match="lies outside the allowed prefixes"):
+        operator.execute({"ti": task, "params": form})
 
 
 def test_plan_for_people(world):
