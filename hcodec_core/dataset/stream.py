@@ -93,6 +93,7 @@ class StreamState(BaseModel):
     num_ranks: int = 1
     worker: int = 0
     num_workers: int = 1
+    chunk_rows: int = 1
 
 
 def open_stream(
@@ -174,6 +175,7 @@ class TokenStream:
                 "num_ranks": place.num_ranks,
                 "worker": place.worker,
                 "num_workers": place.num_workers,
+                "chunk_rows": self.options.chunk_rows,
             }
         ).model_dump()
 
@@ -200,8 +202,8 @@ class TokenStream:
         if known.num_workers == 1:
             position = min(known.start + known.num_taken * known.num_ranks, len(self._order))
             return known.model_copy(update={"start": position, "num_taken": 0})
-        own = place.num_ranks, place.worker, place.num_workers
-        if (known.num_ranks, known.worker, known.num_workers) == own:
+        own = place.num_ranks, place.worker, place.num_workers, self.options.chunk_rows
+        if (known.num_ranks, known.worker, known.num_workers, known.chunk_rows) == own:
             return known
         raise ConfigError(
             f"This is the state of worker {known.worker} of {known.num_workers} under "

@@ -97,9 +97,26 @@ def combined_state(loader_state: Mapping[str, Any]) -> dict[str, Any]:
     whole = {(state.content, state.epoch, state.start, state.num_ranks) for state in found}
     if len(whole) != 1 or len(found) != found[0].num_workers:
         raise ConfigError("The states of this loader's workers do not belong together.")
+    if not _are_in_step(found):
+        raise ConfigError(
+            "This loader's workers have left gaps in the epoch, so only as many ranks and workers "
+            "can go on: set chunk_rows to the loader's batch size."
+        )
     taken = sum(state.num_taken for state in found)
     update = {"num_taken": taken, "worker": 0, "num_workers": 1}
     return found[0].model_copy(update=update).model_dump()
+
+
+def _are_in_step(states: Sequence[StreamState]) -> bool:
+    """Whether the workers' rows together are the first rows of their rank."""
+    rows, workers = states[0].chunk_rows, len(states)
+    chunks, rest = divmod(sum(state.num_taken for state in states), rows)
+    for state in states:
+        turns = chunks // workers + (state.worker < chunks % workers)
+        expected = turns * rows + rest * (state.worker == chunks % workers)
+        if state.num_taken != expected:
+            return False
+    return True
 
 
 def _reader_states(state: Any) -> Iterator[Mapping[str, Any]]:

@@ -96,3 +96,15 @@ def test_two_ranks_resume_as_three(filled: World) -> None:
 def test_a_state_without_a_reader_is_refused() -> None:
     with pytest.raises(ConfigError, match="no state of a TokenDataset"):
         combined_state({"_snapshot": {"step": 1}})
+
+
+def test_workers_that_left_gaps_are_refused(filled: World) -> None:
+    """Batches of three rows from workers that take two at a time: no beginning of the epoch."""
+    data = dataset(filled)
+    uneven = StatefulDataLoader(data, batch_size=3, num_workers=2, collate_fn=collate_tokens)
+    batches = iter(uneven)
+    next(batches)
+    state = uneven.state_dict()
+    del batches
+    with pytest.raises(ConfigError, match="chunk_rows"):
+        combined_state(state)
