@@ -157,7 +157,11 @@ def manifest_facts(manifest: CodecManifest) -> dict[str, Any]:
 def _parity(options: argparse.Namespace, output: Output) -> int:
     from hcodec_core.inference.parity import run_parity
 
-    rows = run_parity(options.folders)
+    # A glob over the folders also names the notes beside them.
+    files = [path for path in options.folders if path.is_file()]
+    for path in files:
+        output.note(f"{path} is a file and is passed over: reference outputs are folders.")
+    rows = run_parity([path for path in options.folders if path not in files])
     columns = (
         "codec",
         "case",

@@ -84,6 +84,17 @@ def test_parity_agrees_with_golden_data(capsys):
     assert [row["agrees"] for row in rows] == ["yes"] * 3
 
 
+def test_parity_passes_over_files_among_the_folders(capsys):
+    origin = GOLDEN / "hcodec-1.0-tiny" / "ORIGIN.md"
+    code, _, err = run(capsys, "parity", GOLDEN / "hcodec-1.0-tiny", origin)
+    assert code == 0
+    assert str(origin) in err
+
+
+def test_parity_over_files_only_is_no_success(capsys):
+    assert run(capsys, "parity", GOLDEN / "hcodec-1.0-tiny" / "ORIGIN.md")[0] == 1
+
+
 def test_parity_fails_when_codes_differ(capsys, tmp_path):
     folder = tmp_path / "wrong"
     shutil.copytree(GOLDEN / "hcodec-1.0-tiny", folder)
@@ -215,3 +226,20 @@ def test_invariance_holds_for_nano_in_batches_of_several_rows(capsys):
     tables = run_json(capsys, "invariance", "--batches", 3, "--clips", 5, "--rows", 4)
     (rows,) = tables.values()
     assert {row["equal"] for row in rows} == {"100.0000 %"}
+
+
+def test_a_version_of_mode_fast_says_how_far_it_agrees_with_mode_exact(capsys, place):
+    config = ("--config", place / "hcodec.toml")
+    source = f"file://{place}/audio/"
+    plan = run_json(capsys, "plan", source, "--dataset", "try", "--mode", "fast", *config)
+    assert run(capsys, "run", f"{plan['plan_uri']}/job.json", *config)[0] == 0
+    committed = run_json(capsys, "commit", plan["plan_uri"], *config)
+    checked = run_json(capsys, "validate", plan["plan_uri"], *config)
+    assert committed["snapshot_id"] == checked["snapshot_id"]
+    page = Path(checked["report_path"]).read_text()
+    assert "Agreement with mode exact" in page
+    assert "3 clips" in page
+    record = run_json(capsys, "publish", plan["plan_uri"], *config)
+    agreement = record["agreement"]
+    assert agreement["num_clips"] == 3
+    assert [depth["num_frames"] for depth in agreement["depths"]] == [96] * 8
