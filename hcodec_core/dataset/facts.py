@@ -25,7 +25,7 @@ from hcodec_core.dataset.rowfacts import (
     slices,
 )
 from hcodec_core.errors import ConfigError, ObjectMissingError
-from hcodec_core.jobs import FILES_FILE, ShardResult, TokenizeJob
+from hcodec_core.jobs import FILES_FILE, ModeAgreement, ShardResult, TokenizeJob
 from hcodec_core.storage import Storage, join_uri
 
 # Batches of rows of a snapshot: (columns, URIs of data files, or None for all of the snapshot's).
@@ -128,6 +128,7 @@ class SnapshotFacts:
         self.job = job
         self.counters = [CodeCounter(stream) for stream in job.manifest.streams]
         self.builds: set[str] = set()
+        self.agreement: ModeAgreement | None = None
         self._work_path = work_path
         path = work_path / "facts.duckdb"
         path.unlink(missing_ok=True)  # left by a try that was killed
@@ -193,6 +194,8 @@ class SnapshotFacts:
         }
         self._insert("results", pa.table(shards))
         self.builds.update(_build_text(result.build) for result in results if result.build)
+        parts = [self.agreement, *(result.agreement for result in results)]
+        self.agreement = ModeAgreement.total(part for part in parts if part is not None)
         for result in results:
             columns: dict[str, list[Any]] = {
                 name: [getattr(outcome, name) for outcome in result.outcomes]

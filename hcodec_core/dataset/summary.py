@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hcodec_core.dataset.facts import RowReader, SnapshotFacts
 from hcodec_core.dataset.rowfacts import CodeCounter, Ints
-from hcodec_core.jobs import Outcome, TokenizeJob
+from hcodec_core.jobs import ModeAgreement, Outcome, TokenizeJob
 from hcodec_core.storage import Storage
 
 _HISTOGRAM_BARS = 64
@@ -71,6 +71,7 @@ class SnapshotSummary(_Numbers):
     ``num_rows``: rows that the plan added; ``num_snapshot_rows``: all rows; ``num_repeated_*``:
     rows beyond the first with the same key. ``silent_share``: of audio seconds, in files below
     -60 dB of full scale. ``clipped_share``: of samples. ``worker_seconds``: over all shards.
+    ``agreement``: of mode fast with mode exact.
     """
 
     num_shards: int
@@ -94,6 +95,7 @@ class SnapshotSummary(_Numbers):
     num_clipped_files: int
     codebooks: list[CodebookUse]
     builds: list[str]
+    agreement: ModeAgreement | None = None
 
     @property
     def num_quarantined(self) -> int:
@@ -144,6 +146,7 @@ def summary_of(facts: SnapshotFacts) -> SnapshotSummary:
         codebooks=codebooks,
         num_codes=sum(use.num_codes for use in codebooks),
         builds=sorted(facts.builds),
+        agreement=facts.agreement,
     )
 
 

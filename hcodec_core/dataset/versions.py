@@ -48,7 +48,15 @@ from hcodec_core.errors import (
     PlanIncompleteError,
     ValidationFailedError,
 )
-from hcodec_core.jobs import JOB_FILE, FileOutcome, Outcome, ShardResult, TokenizeJob, read_job
+from hcodec_core.jobs import (
+    JOB_FILE,
+    FileOutcome,
+    ModeAgreement,
+    Outcome,
+    ShardResult,
+    TokenizeJob,
+    read_job,
+)
 from hcodec_core.storage import Storage, join_uri
 from hcodec_core.tokens import CodecSpec, EncodeSettings
 
@@ -66,7 +74,10 @@ class _Document(BaseModel):
 
 
 class VersionRecord(_Document):
-    """A published version. ``quarantine_uri`` is empty when every file gave tokens."""
+    """A published version. ``quarantine_uri`` is empty when every file gave tokens.
+
+    ``agreement``: of the plan's codes with those of mode exact, where its mode is fast.
+    """
 
     format_version: Literal[1] = 1
     version: str
@@ -93,6 +104,7 @@ class VersionRecord(_Document):
     remaining_hours: float
     quarantine_uri: str
     report_uri: str
+    agreement: ModeAgreement | None = None
 
 
 class VersionSummary(_Document):
@@ -222,19 +234,24 @@ def _write_record(
         return version_record(storage, layout, entry.version)
     except ObjectMissingError:
         pass  # this publisher, or one that died, has it still to do
-    quarantined = read_results(storage, job.plan_uri, _quarantined)
-    outcomes = [outcome for shard in quarantined for outcome in shard]
+    results = read_results(storage, job.plan_uri, _kept)
+    outcomes = [outcome for quarantined, _ in results for outcome in quarantined]
     quarantine_uri = write_quarantine(storage, layout, job.plan_id, entry.version, outcomes)
     record = _record_of(layout, table, job, plan, entry).model_copy(
-        update={"quarantine_uri": quarantine_uri}
+        update={
+            "quarantine_uri": quarantine_uri,
+            "agreement": ModeAgreement.total(part for _, part in results if part is not None),
+        }
     )
     text = record.model_dump_json(indent=1).encode()
     storage.write(layout.version_uri(entry.version), text)
     return record
 
 
-def _quarantined(result: ShardResult) -> list[FileOutcome]:
-    return [outcome for outcome in result.outcomes if outcome.outcome is Outcome.QUARANTINED]
+def _kept(result: ShardResult) -> tuple[list[FileOutcome], ModeAgreement | None]:
+    """What a version record says of a shard: its quarantined files, its agreement."""
+    bad = [outcome for outcome in result.outcomes if outcome.outcome is Outcome.QUARANTINED]
+    return bad, result.agreement
 
 
 def _record_of(
