@@ -37,7 +37,7 @@ class Groups:
 
     index: int64 [B, T], group of each frame. first: int64 [B, G], first frame of each group (T
     where there is none). spans: int64 [B, G], frames in each. lengths: valid groups, of ``size`` G.
-    Padding is made up of groups of one frame, and the last ``size`` of them at most are told of.
+    Frames past a row's end are groups of one frame behind its own.
     """
 
     def __init__(self, starts: Tensor, frames: Lengths) -> None:
@@ -76,8 +76,10 @@ class Groups:
     def means(self, x: Tensor, max_span: int) -> Tensor:
         """Mean of each group's frames: [B, T, D] -> [B, G, D]; spans are at most ``max_span``.
 
-        Summed in the order of time, so that nothing but the frames themselves decides the bits.
+        Summed in the order of time, so that nothing but the frames themselves decides the bits, and
+        in float32 or better.
         """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         total = torch.zeros(len(x), self.lengths.size, x.shape[2], device=x.device, dtype=x.dtype)
         for offset in range(max_span):
             frames = (self.first + offset).clamp(max=self.frames.size - 1)

@@ -38,8 +38,10 @@ def sinc_resample(audio: Tensor, lengths: Lengths, from_rate: int, to_rate: int)
     num_in, num_out = ratio.denominator, ratio.numerator
     filters, reach = _filters(num_in, num_out)
     padded = F.pad(audio, (reach, reach + num_in))[:, None]
-    # Output s of each step is the phase s of ``num_out`` phases.
-    phases = F.conv1d(padded, filters.to(audio)[:, None], stride=num_in)
+    # Not in half precision under autocast: this is the signal itself.
+    with torch.autocast(audio.device.type, enabled=False):
+        # Output s of each step is the phase s of ``num_out`` phases.
+        phases = F.conv1d(padded, filters.to(audio)[:, None], stride=num_in)
     valid = -(-lengths.valid * num_out // num_in)
     resampled = Lengths(valid, -(-lengths.size * num_out // num_in))
     # The filter rings past a row's end; a single file is cut there.

@@ -117,6 +117,13 @@ def test_means_are_over_the_frames_of_a_group() -> None:
     torch.testing.assert_close(means[0], torch.stack(wanted))
 
 
+def test_means_of_half_precision_frames_are_summed_in_float32() -> None:
+    x = noise(1, 8, 3).bfloat16()
+    means = groups_of(torch.zeros(1, 8, dtype=torch.bool), [8], 8).means(x, 8)
+    assert means.dtype == torch.float32
+    torch.testing.assert_close(means[0, 0], x[0].float().mean(0))
+
+
 def by_loop(model: QueryAggregator, x: Tensor, spans: list[int]) -> Tensor:
     """One row [D, T] without padding: [D, G]."""
     steps, readouts, start = [], [], 0

@@ -69,3 +69,10 @@ def test_a_row_ends_where_its_own_signal_ends() -> None:
 def test_one_rate_changes_nothing() -> None:
     audio = noise(1, 100)
     assert sinc_resample(audio, whole(audio), 16000, 16000) is audio
+
+
+def test_half_precision_does_not_touch_the_signal() -> None:
+    audio = noise(1, 4800)
+    plain = sinc_resample(audio, whole(audio), 48000, 16000)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sinc_resample(audio, whole(audio), 48000, 16000), plain)
