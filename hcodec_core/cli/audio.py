@@ -20,7 +20,7 @@ from hcodec_core.storage import join_uri
 from hcodec_core.tokens import EncodeSettings
 
 if TYPE_CHECKING:
-    from hcodec_core.inference.engine import Engine
+    from hcodec_core.inference.engine import Clip, Engine
     from hcodec_core.inference.files import EncodeReport, LocalEncoding, TokenFile
 
 _POLL_SECONDS = 0.5
@@ -139,8 +139,6 @@ def _show(report: EncodeReport, options: argparse.Namespace, output: Output) -> 
 
 
 def _decode(options: argparse.Namespace, output: Output) -> None:
-    import soundfile
-
     from hcodec_core.inference.files import TokenFile, decode_rows
 
     file = TokenFile(options.tokens)
@@ -148,17 +146,36 @@ def _decode(options: argparse.Namespace, output: Output) -> None:
     written = []
     with output.progress() as progress:
         bar = progress.add_task("files", total=file.num_rows)
-        for path, (uri, clip) in zip(
+        for path, (uri, pieces) in zip(
             _names(file, options.out), decode_rows(file, engine, options.codebooks), strict=True
         ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, clip, engine.codec.sample_rate, subtype="FLOAT")
-            written.append({"uri": uri, "wav": str(path), "num_samples": len(clip)})
+            num_samples = _write_wav(path, pieces, engine.codec.sample_rate)
+            written.append({"uri": uri, "wav": str(path), "num_samples": num_samples})
             progress.advance(bar)
     if output.is_json:
         output.result(written)
     else:
         output.note(f"{len(written)} wav files in {options.out}")
+
+
+def _write_wav(path: Path, pieces: Iterator[Clip], sample_rate: int) -> int:
+    """Write a file piece by piece, whole or not at all; returns its number of samples."""
+    import soundfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    num_samples = 0
+    try:
+        with soundfile.SoundFile(
+            unfinished, "w", sample_rate, channels=1, subtype="FLOAT", format="WAV"
+        ) as file:
+            for piece in pieces:
+                file.write(piece)
+                num_samples += len(piece)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return num_samples
 
 
 def _engine_for(file: TokenFile, options: argparse.Namespace) -> Engine:
@@ -174,7 +191,7 @@ def _engine_for(file: TokenFile, options: argparse.Namespace) -> Engine:
 
 def _names(file: TokenFile, out_path: Path) -> Iterator[Path]:
     """A wav path per row: the source's name below the folder that all sources share."""
-    names = [PurePosixPath(unquote(row.uri.partition("://")[2])) for row in file.rows()]
+    names = [PurePosixPath(unquote(uri.partition("://")[2])) for uri in file.uris()]
     if not names:
         raise ConfigError("The token file has no rows: there is nothing to decode.")
     parents = [name.parent for name in names]

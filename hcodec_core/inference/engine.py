@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hcodec_core.audio.segments import SegmentRule
 from hcodec_core.errors import AudioError, ConfigError, QuarantineReason
 from hcodec_core.inference.arithmetic import Mode, decoding, encoding
 from hcodec_core.inference.batch_runner import BatchRunner
+from hcodec_core.inference.clips import Clip as Clip
+from hcodec_core.inference.clips import ClipTokens as ClipTokens
+from hcodec_core.inference.clips import Cuts as Cuts
+from hcodec_core.inference.long_audio import TokenPiece, faded, is_long, token_pieces
 from hcodec_core.inference.shaping import (
     Batch,
     BatchBudget,
@@ -28,25 +33,9 @@ from hcodec_core.inference.shaping import (
     in_free_shapes,
 )
 from hcodec_core.models.base import Codec, TokenStarts
-from hcodec_core.tokens import CodecSpec, Codes, EncodeSettings, TokenBatch
+from hcodec_core.tokens import CodecSpec, EncodeSettings, TokenBatch
 
-Clip = npt.NDArray[np.float32]
-Cuts = Sequence[int]
-"""Base frames of a clip at which a token has to begin."""
-
-
-@dataclass(frozen=True)
-class ClipTokens:
-    """Tokens of one clip: codes per stream int32 [Q, T], T = num_frames.
-
-    num_samples: length of the audio at the codec's sample rate. frame_spans: int32 [T], base frames
-    per token, only for variable rates.
-    """
-
-    codes: Mapping[str, Codes]
-    num_frames: int
-    num_samples: int
-    frame_spans: npt.NDArray[np.int32] | None = None
+_FADE_SECONDS = 0.05
 
 
 def compute_class(device: str | torch.device, num_threads: int = 1) -> str:
@@ -87,9 +76,16 @@ class Engine:
             )
         self.codec = codec
         self.num_threads = num_threads
-        self.mode: Mode = codec.spec.settings.mode
+        settings = codec.spec.settings
+        self.mode: Mode = settings.mode
+        self._rule = SegmentRule.of(
+            sample_rate=codec.sample_rate,
+            hop_length=codec.hop_length,
+            segment_seconds=settings.segment_seconds,
+            halo_seconds=settings.halo_seconds,
+        )
         self._encoder, self._decoder = (
-            BatchRunner(codec.device, self.mode, codec.spec.settings.shapes) for _ in range(2)
+            BatchRunner(codec.device, self.mode, settings.shapes) for _ in range(2)
         )
 
     def in_mode(self, mode: Mode) -> Engine:
@@ -131,6 +127,8 @@ class Engine:
     ) -> list[Clip]:
         """Audio of each clip, float32 [num_samples], in the order of ``clips``.
 
+        A clip longer than a segment of the settings is decoded in pieces (see ``decode_stream``).
+
         Args:
             clips: Tokens made with this codec's codebooks.
             num_codebooks: Use only the first so many codebooks of every stream.
@@ -140,6 +138,51 @@ class Engine:
             ForeignTokensError: The tokens belong to another codec.
             ConfigError: Codes out of range, or lengths that do not fit.
         """
+        short = [i for i, clip in enumerate(clips) if not is_long(clip.num_samples, self._rule)]
+        whole = self._decode_whole([clips[i] for i in short], num_codebooks, codebook_id)
+        done = dict(zip(short, whole, strict=True))
+        for index in range(len(clips)):
+            if index not in done:
+                pieces = self.decode_stream(clips[index], num_codebooks, codebook_id)
+                done[index] = np.concatenate(list(pieces))
+        return [done[index] for index in range(len(clips))]
+
+    def decode_stream(
+        self,
+        clip: ClipTokens,
+        num_codebooks: int | None = None,
+        codebook_id: str | None = None,
+    ) -> Iterator[Clip]:
+        """Audio of a clip of any length in pieces, float32 [n] each, together ``num_samples``.
+
+        Memory does not grow with the clip: it is cut where the encoder would cut it, pieces carry
+        the settings' halo and go over into each other. A clip of up to a segment is one piece.
+        Arguments and errors: see ``decode_clips``.
+        """
+        if not is_long(clip.num_samples, self._rule):
+            yield self._decode_whole([clip], num_codebooks, codebook_id)[0]
+            return
+        one = Batch([0], 1, clip.num_frames)
+        self.codec.check(self._token_batch(one, [clip], codebook_id))
+        fade = min(int(_FADE_SECONDS * self.codec.sample_rate), 2 * self._rule.halo_samples)
+        yield from faded(self._decoded_pieces(clip, num_codebooks, codebook_id), fade)
+
+    def _decoded_pieces(
+        self, clip: ClipTokens, num_codebooks: int | None, codebook_id: str | None
+    ) -> Iterator[tuple[TokenPiece, Clip]]:
+        settings, rule = self.codec.spec.settings, self._rule
+        longest = (rule.segment_samples + 2 * rule.halo_samples) // rule.hop_length
+        rows = settings.shapes.bucket_rows(longest, self.codec.spec.frame_rate)
+        pieces = token_pieces(clip, rule)
+        while together := list(islice(pieces, rows)):
+            tokens = [piece.tokens for piece in together]
+            yield from zip(
+                together, self._decode_whole(tokens, num_codebooks, codebook_id), strict=True
+            )
+
+    def _decode_whole(
+        self, clips: Sequence[ClipTokens], num_codebooks: int | None, codebook_id: str | None
+    ) -> list[Clip]:
         sizes = [
             self.codec.base_frames(index, clip.num_frames, clip.frame_spans)
             for index, clip in enumerate(clips)

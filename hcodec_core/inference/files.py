@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +35,7 @@ from hcodec_core.tokens import CodecManifest, CodecSpec, Codes, EncodeSettings
 
 _METADATA_KEY = b"hcodec"
 _NAME = "files"
+_ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -137,39 +140,50 @@ class TokenFile:
         """The codec as it was run."""
         return CodecSpec(self.manifest, self.settings)
 
-    def rows(self) -> Iterator[StoredTokens]:
-        """Rows in the order of the file."""
-        for batch in self._file.iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                yield self._row(row)
+    def uris(self) -> list[str]:
+        """Sources of all rows, in the order of the file."""
+        uris: list[str] = self._file.read(columns=["uri"])["uri"].to_pylist()
+        return uris
 
-    def _row(self, row: dict[str, object]) -> StoredTokens:
+    def rows(self) -> Iterator[StoredTokens]:
+        """Rows in the order of the file, few at a time: one may hold the tokens of hours."""
+        for batch in self._file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            for index in range(batch.num_rows):
+                yield self._row({name: batch[name][index] for name in batch.schema.names})
+
+    def _row(self, row: dict[str, Any]) -> StoredTokens:
         codes: dict[str, Codes] = {}
         for stream in self.manifest.streams:
             name = codes_column(stream.name)
-            flat = np.asarray(row[name], dtype=np.int32)
-            num_codebooks = int(str(row[f"{name}_num_codebooks"]))
-            codes[stream.name] = unflatten_codes(flat, num_codebooks)
+            num_codebooks = row[f"{name}_num_codebooks"].as_py()
+            codes[stream.name] = unflatten_codes(_integers(row[name]), num_codebooks)
         spans = row["frame_spans"]
         tokens = ClipTokens(
             codes=codes,
-            num_frames=int(str(row["num_frames"])),
-            num_samples=int(str(row["num_samples"])),
-            frame_spans=None if spans is None else np.asarray(spans, dtype=np.int32),
+            num_frames=row["num_frames"].as_py(),
+            num_samples=row["num_samples"].as_py(),
+            frame_spans=_integers(spans) if spans.is_valid else None,
         )
-        return StoredTokens(str(row["uri"]), tokens)
+        return StoredTokens(row["uri"].as_py(), tokens)
 
 
 def decode_rows(
     file: TokenFile, engine: Engine, num_codebooks: int | None = None
-) -> Iterator[tuple[str, Clip]]:
-    """Source URI and audio (float32 [N]) of every row of a token file.
+) -> Iterator[tuple[str, Iterator[Clip]]]:
+    """Source URI and audio of every row of a token file, the audio in pieces (float32 [n]).
 
-    Raises ``ForeignTokensError`` when ``engine``'s codec has other codebooks.
+    Iterating over the pieces raises ``ForeignTokensError`` when ``engine``'s codec has other
+    codebooks.
     """
     codebook_id = file.spec.codebook_id
     for row in file.rows():
-        yield row.uri, engine.decode_clips([row.tokens], num_codebooks, codebook_id)[0]
+        yield row.uri, engine.decode_stream(row.tokens, num_codebooks, codebook_id)
+
+
+def _integers(values: Any) -> npt.NDArray[np.int32]:
+    """Content of one cell of a list column."""
+    array: npt.NDArray[np.int32] = values.values.to_numpy(zero_copy_only=False)
+    return array.astype(np.int32)
 
 
 def _scratch_config(scratch_path: Path) -> Config:

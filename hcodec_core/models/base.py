@@ -208,7 +208,7 @@ class Codec(nn.Module, ABC):
             ConfigError: Codes out of range, lengths that do not fit the codes, or fewer codebooks
                 than this codec can decode.
         """
-        check_tokens(tokens, self.spec)
+        self.check(tokens)
         frames = self._frames_of(tokens, num_codebooks)
         longest = int(tokens.num_samples.max(initial=0))
         audio = torch.zeros(len(tokens), 1, longest, device=self.device, dtype=self.dtype)
@@ -220,6 +220,17 @@ class Codec(nn.Module, ABC):
             audio[:, :, : decoded.shape[2]] = decoded
             ends = torch.from_numpy(tokens.num_samples).to(self.device)
             return audio * (torch.arange(longest, device=self.device) < ends[:, None, None])
+
+    @final
+    def check(self, tokens: TokenBatch) -> None:
+        """Refuse what ``decode`` cannot decode; raises as it does, but for ``num_codebooks``."""
+        check_tokens(tokens, self.spec)
+        missing = [stream.name for stream in self.streams if stream.name not in tokens.codes]
+        if missing:
+            raise ForeignTokensError(
+                f"Codec {self.spec.name} needs stream {missing[0]!r}, which these tokens lack."
+            )
+        self._check_lengths(tokens)
 
     def forward(self, audio: Tensor, num_samples: Tensor) -> Any:
         """Training pass; families that can be trained replace it. Raises ``ConfigError`` here."""
@@ -259,12 +270,6 @@ class Codec(nn.Module, ABC):
                 f"Codec {self.spec.name} decodes all its codebooks or none: leave num_codebooks "
                 "out and give tokens with every codebook."
             )
-        missing = [stream.name for stream in self.streams if stream.name not in tokens.codes]
-        if missing:
-            raise ForeignTokensError(
-                f"Codec {self.spec.name} needs stream {missing[0]!r}, which these tokens lack."
-            )
-        self._check_lengths(tokens)
         num_frames = torch.from_numpy(tokens.num_frames).to(self.device)
         spans = tokens.frame_spans
         frames = FrameCodes(
