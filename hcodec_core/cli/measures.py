@@ -1,4 +1,4 @@
-"""Commands that prove a promise: ``invariance``."""
+"""Commands that measure a promise: ``invariance``, ``seams``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hcodec_core.tokens import EncodeSettings, ShapeRule
 if TYPE_CHECKING:
     from hcodec_core.inference.engine import Clip, Engine
     from hcodec_core.inference.invariance import Agreement, Difference
+    from hcodec_core.inference.seams import SeamReport
 
 
 def add_commands(commands: Commands) -> None:
@@ -33,6 +34,23 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--other-device", default=None, help="also compare with this device")
     add_json(parser)
     parser.set_defaults(handler=_invariance)
+    _add_seams(commands)
+
+
+def _add_seams(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "seams", help="measure what cutting long audio into segments costs near the cuts"
+    )
+    parser.add_argument("--codec", default="hcodec-nano", help="codec URI (default: hcodec-nano)")
+    parser.add_argument("--audio", type=Path, default=None, help="file or folder (else synthetic)")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of audio (default: 240)")
+    parser.add_argument("--segment-seconds", type=float, default=60.0)
+    parser.add_argument("--halo-seconds", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    add_json(parser)
+    parser.set_defaults(handler=_seams)
 
 
 def _invariance(options: argparse.Namespace, output: Output) -> int:
@@ -69,6 +87,69 @@ def _invariance(options: argparse.Namespace, output: Output) -> int:
     return EXIT_OK if holds else EXIT_FAILURE
 
 
+def _seams(options: argparse.Namespace, output: Output) -> None:
+    from hcodec_core.inference.seams import measure_seams
+
+    whole = _plain_engine(options, segment_seconds=options.seconds + 60)
+    clip = _long_clip(options, whole.codec.sample_rate)
+    tables = []
+    for halo in options.halo_seconds:
+        rule = {"segment_seconds": options.segment_seconds, "halo_seconds": halo}
+        report = measure_seams(_plain_engine(options, **rule), whole, clip)
+        tables.append(_seam_table(options, halo, report))
+    output.tables(tables)
+
+
+def _plain_engine(options: argparse.Namespace, **rule: float) -> Engine:
+    from hcodec_core.inference.engine import Engine, compute_class
+    from hcodec_core.models.loading import load_codec
+
+    here = compute_class(options.device, options.threads)
+    settings = EncodeSettings.model_validate({"compute_class": here, **rule})
+    return Engine(load_codec(options.codec, settings, device=options.device), options.threads)
+
+
+def _long_clip(options: argparse.Namespace, sample_rate: int) -> Clip:
+    import numpy as np
+
+    from hcodec_core.inference.invariance import LONGEST_SECONDS, synthetic_clips
+
+    if options.audio is None:
+        count = int(options.seconds / LONGEST_SECONDS * 4) + 2
+        parts = synthetic_clips(sample_rate, count, options.seed)
+    else:
+        parts = _recordings(options.audio, sample_rate)
+    num_samples = int(options.seconds * sample_rate)
+    if not any(map(len, parts)):
+        raise ConfigError(f"No file in {options.audio} could be decoded: name audio.")
+    sound: Clip = np.resize(np.concatenate(parts), num_samples)  # repeats what is too short
+    return sound
+
+
+def _seam_table(options: argparse.Namespace, halo: float, report: SeamReport) -> Table:
+    title = (
+        f"{options.codec}: {options.seconds:g} s, segments of {options.segment_seconds:g} s, halo "
+        f"{halo:g} s, {report.num_cuts} cuts; largest step of the difference {report.step_db:.1f} "
+        f"dB at cuts, {report.step_elsewhere_db:.1f} dB elsewhere"
+    )
+    books = sorted({key for band in report.bands for key in band.equal})
+    rows = [
+        (
+            _band(band.lower_seconds, band.upper_seconds),
+            band.num_frames,
+            *(f"{100 * band.equal[book]:.1f} %" if band.equal else "" for book in books),
+            "" if band.wave_db is None else f"{band.wave_db:.1f} dB",
+        )
+        for band in report.bands
+    ]
+    heads = [f"{stream} {book + 1}" for stream, book in books]
+    return title, ("seconds from a cut", "frames", *heads, "audio differs by"), rows
+
+
+def _band(lower: float, upper: float | None) -> str:
+    return f"{lower:g} and more" if upper is None else f"{lower:g} to {upper:g}"
+
+
 def _engine(options: argparse.Namespace, device: str, threads: int) -> Engine:
     from hcodec_core.inference.engine import Engine, compute_class
     from hcodec_core.models.loading import load_codec
@@ -98,7 +179,8 @@ def _recordings(folder: Path, sample_rate: int) -> list[Clip]:
     from hcodec_core.errors import AudioError
 
     recordings = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in paths:
         try:
             recordings.append(decode_all(path, DecodeSettings(sample_rate=sample_rate))[0])
         except AudioError:

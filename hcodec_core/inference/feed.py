@@ -29,6 +29,7 @@ from hcodec_core.errors import (
     SourceChangedError,
 )
 from hcodec_core.inference.batching import Batcher, Encoded
+from hcodec_core.inference.segmented import token_bounds
 from hcodec_core.jobs import DecodeLimits, FileOutcome, Outcome
 from hcodec_core.storage import Storage
 from hcodec_core.tokens import CodecSpec
@@ -330,9 +331,7 @@ class Feed:
                 QuarantineReason.TOO_SHORT,
                 f"The file has {num_samples} samples at the codec's rate; it needs {shortest}.",
             )
-        first = segment.halo_left_frames
-        # The last segment has no halo behind it: whether its tail is a frame, the codec decides.
-        end = None if segment.is_last else first + segment.num_interior_frames
+        first, end = token_bounds(segment)
         cuts: tuple[int, ...] = ()
         if self._parts.spec.manifest.is_variable_rate:
             # No token may hold frames of the halo beside frames that are kept.
