@@ -12,14 +12,17 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from hcodec_core.config import Config
+from hcodec_core.dataset.compaction import CompactionReport, FileSizes, compact
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.ledger import PlanState, plan_entries
+from hcodec_core.dataset.lock import LockSeeker, Waiting, release
 from hcodec_core.dataset.results import read_results
-from hcodec_core.dataset.table import catalog_errors, load_table
+from hcodec_core.dataset.table import catalog_errors, load_table, refs_of
 from hcodec_core.dataset.tabular import list_folder
-from hcodec_core.errors import ConfigError
+from hcodec_core.errors import CommitConflictError, ConfigError
 from hcodec_core.jobs import JOB_FILE, ShardResult
 from hcodec_core.storage import ObjectInfo, Storage
 
@@ -44,7 +47,83 @@ class SweepReport(BaseModel):
     uris: list[str]
 
 
-def expire_snapshots(layout: DatasetLayout, older_than: datetime) -> int:
+class Upkeep(BaseModel):
+    """Terms of ``maintain``, in days. ``small_file_mib``: files below it are put together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    expire_after_days: float = Field(default=7.0, ge=0)
+    orphan_age_days: float = Field(default=3.0, gt=0)
+    open_plan_days: float = Field(default=30.0, gt=0)
+    small_file_mib: float = Field(default=32.0, ge=0)
+
+
+class MaintenanceReport(BaseModel):
+    """What was done to one dataset, or would be in a dry run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    encode_id: str
+    is_dry_run: bool
+    compaction: CompactionReport
+    num_expired_snapshots: int
+    sweep: SweepReport
+
+
+def maintain(
+    config: Config,
+    storage: Storage,
+    layout: DatasetLayout,
+    owner: str,
+    terms: Upkeep = Upkeep(),  # noqa: B008 - frozen
+    *,
+    dry_run: bool = True,
+) -> MaintenanceReport:
+    """Compact small files, expire snapshots and sweep orphans, on the dataset's lock.
+
+    ``owner`` names the run. A dry run takes no lock and changes nothing. Raises
+    ``CommitConflictError`` when another run holds the lock.
+    """
+    if dry_run:
+        return _maintain(storage, layout, terms, dry_run=True)
+    lock = LockSeeker(config, storage, layout.dataset, owner).acquire()
+    if isinstance(lock, Waiting):
+        raise CommitConflictError(
+            f"Dataset {layout.dataset} is locked by {lock.owner or 'another run'} since "
+            f"{lock.since}: try again when it has ended."
+        )
+    try:
+        return _maintain(storage, layout, terms, dry_run=False)
+    finally:
+        release(storage, lock, "maintenance is over")
+
+
+def _maintain(
+    storage: Storage, layout: DatasetLayout, terms: Upkeep, *, dry_run: bool
+) -> MaintenanceReport:
+    sizes = FileSizes(small_bytes=int(terms.small_file_mib * 2**20))
+    compaction = compact(storage, layout, sizes, dry_run=dry_run)
+    cutoff = datetime.now(UTC) - timedelta(days=terms.expire_after_days)
+    num_expired = expire_snapshots(layout, cutoff, dry_run=dry_run)
+    sweep = sweep_orphans(
+        storage,
+        layout,
+        timedelta(days=terms.orphan_age_days),
+        timedelta(days=terms.open_plan_days),
+        dry_run=dry_run,
+    )
+    return MaintenanceReport(
+        dataset=layout.dataset,
+        encode_id=layout.encode_id,
+        is_dry_run=dry_run,
+        compaction=compaction,
+        num_expired_snapshots=num_expired,
+        sweep=sweep,
+    )
+
+
+def expire_snapshots(layout: DatasetLayout, older_than: datetime, *, dry_run: bool = False) -> int:
     """Forget snapshots that no version, branch or tag names; returns how many.
 
     Versions keep their snapshots, and the ledger keeps what was committed. The files stay until
@@ -52,6 +131,11 @@ def expire_snapshots(layout: DatasetLayout, older_than: datetime) -> int:
     """
     table = load_table(layout)
     before = len(table.snapshots())
+    if dry_run:
+        named = {ref.snapshot_id for ref in refs_of(table).values()}
+        cutoff = older_than.timestamp() * 1000
+        loose = [s for s in table.snapshots() if s.snapshot_id not in named]
+        return sum(snapshot.timestamp_ms < cutoff for snapshot in loose)
     with catalog_errors("expiring snapshots"):
         table.maintenance.expire_snapshots().older_than(older_than).commit()
     return before - len(load_table(layout).snapshots())

@@ -7,7 +7,13 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from hcodec_core.dataset.maintenance import SweepReport, expire_snapshots, sweep_orphans
+from hcodec_core.dataset.lock import DatasetLock, LockSeeker, lock_holder, lock_uri
+from hcodec_core.dataset.maintenance import (
+    SweepReport,
+    expire_snapshots,
+    maintain,
+    sweep_orphans,
+)
 from hcodec_core.dataset.reader import open_dataset
 from hcodec_core.dataset.table import SnapshotChange, load_table
 from hcodec_core.dataset.tabular import list_folder
@@ -133,3 +139,54 @@ def test_a_sweep_of_a_bucket_finds_nothing_young(s3_world: World) -> None:
     s3_world.version()
     report = sweep(s3_world, min_age=timedelta(hours=1))
     assert (report.num_orphans, report.num_kept) == (0, len(table_objects(s3_world)))
+
+
+def test_upkeep_says_first_what_it_then_does(local_world: World) -> None:
+    local_world.put(*names(4))
+    local_world.version(num_shards=2)
+    local_world.put("new.wav")
+    local_world.version()
+    orphan = join_uri(local_world.layout.data_uri, "lost", "x.parquet")
+    local_world.storage.write(orphan, b"1234")
+    age_everything(local_world, 10)
+    table = load_table(local_world.layout)
+    change = SnapshotChange(table, "side", table.current_snapshot().snapshot_id)
+    change.stage([], [], {})
+    change.commit({})
+    load_table(local_world.layout).manage_snapshots().remove_branch("side").commit()
+    before = table_objects(local_world)
+    run = (local_world.config, local_world.storage, local_world.layout, "test/1")
+    planned = maintain(*run)
+    assert table_objects(local_world) == before
+    assert planned.compaction.num_files_before == 3
+    assert planned.sweep.uris == [orphan]
+    done = maintain(*run, dry_run=False)
+    assert done.sweep.uris == [orphan]
+    assert done.compaction.snapshot_id is not None
+    assert len(list(open_dataset(local_world.config, "demo"))) == 5
+    uri = lock_uri(local_world.config, "demo")
+    assert lock_holder(local_world.storage, uri, "demo") is None
+
+
+def test_upkeep_waits_for_other_runs(local_world: World) -> None:
+    local_world.put(*names(2))
+    local_world.version()
+    lock = LockSeeker(local_world.config, local_world.storage, "demo", "dag/run 7").acquire()
+    assert isinstance(lock, DatasetLock)
+    with pytest.raises(CommitConflictError, match="dag/run 7"):
+        maintain(
+            local_world.config, local_world.storage, local_world.layout, "test/1", dry_run=False
+        )
+
+
+def test_a_dry_expiry_counts_what_would_go(local_world: World) -> None:
+    local_world.put(*names(2))
+    local_world.version()
+    table = load_table(local_world.layout)
+    change = SnapshotChange(table, "side", table.current_snapshot().snapshot_id)
+    change.stage([], [], {})
+    change.commit({})
+    load_table(local_world.layout).manage_snapshots().remove_branch("side").commit()
+    later = datetime.now().astimezone() + timedelta(days=1)
+    num = expire_snapshots(local_world.layout, later, dry_run=True)
+    assert num == expire_snapshots(local_world.layout, later) > 0
