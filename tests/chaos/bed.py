@@ -262,6 +262,9 @@ class Bed:
     def sole_publisher(self, plan: Plan, snapshot_id: int, *traps: Trap) -> Running:
         return self._spawn(steps.publish_alone_step, traps, plan.plan_uri, snapshot_id)
 
+    def compactor(self, *traps: Trap) -> Running:
+        return self._spawn(steps.compact_step, traps, "demo")
+
     def worked_plan(self, prefix: str = "", **changes: Any) -> Plan:
         """A plan of which all shards are done."""
         plan = self.plan(prefix, **changes)

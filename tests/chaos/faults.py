@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from hcodec_core.dataset.commit import commit_plan
+from hcodec_core.dataset.compaction import compact
 from hcodec_core.dataset.ledger import version_entries
 from hcodec_core.dataset.maintenance import expire_snapshots, sweep_orphans
 from hcodec_core.dataset.plan import Plan
@@ -408,6 +409,47 @@ def _(bed: Bed) -> None:
     commit_plan(bed.config, bed.storage, plan.plan_uri)
     drop_branch(bed.config, bed.storage, plan.plan_uri, "chaos")
     bed.finish(bed.worked_plan("1/"))
+
+
+# Compaction -------------------------------------------------------------------------------------
+
+
+def _compact(bed: Bed) -> None:
+    expect(compact(bed.storage, bed.layout, dry_run=False).snapshot_id, "nothing was compacted")
+
+
+@fault("commit retried after compaction", "after v1", "ledger", quick=True)
+def _(bed: Bed) -> None:
+    plan = bed.worked_plan()
+    bed.finish(plan)
+    _compact(bed)
+    expect(commit_plan(bed.config, bed.storage, plan.plan_uri).version == "v1", "committed twice")
+    bed.finish(plan)
+
+
+@fault("publish races a compaction", "main compacted after the commit", "committed again on top")
+def _(bed: Bed) -> None:
+    bed.finish(bed.worked_plan("0/"))
+    plan = bed.worked_plan("1/")
+    info = commit_plan(bed.config, bed.storage, plan.plan_uri)
+    _compact(bed)
+    _refused(bed, plan, info.snapshot_id)
+    bed.finish(plan)
+
+
+def compaction_dies(name: str, where: str, skip: int, after: bool) -> None:
+    def inject(bed: Bed) -> None:
+        bed.finish(bed.worked_plan())
+        trap = Trap(METADATA, "kill", is_after=after, skip=skip)
+        expect(bed.compactor(trap).wait() == -9, "the compaction was not killed")
+        _compact(bed)
+
+    FAULTS.append(Fault(name, where, "the next compaction; sweep", inject))
+
+
+compaction_dies("compaction killed before its branch", "metadata PUT", 0, False)
+compaction_dies("compaction killed between branch and main", "second metadata PUT", 1, False)
+compaction_dies("compaction killed in the catalog's swap", "second metadata PUT done", 1, True)
 
 
 # Sources that move ------------------------------------------------------------------------------

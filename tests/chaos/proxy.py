@@ -94,7 +94,7 @@ class TrapProxy:
         self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        body = _body_of(request)
         line = f"{request.command} {request.path}"
         trap = next((trap for trap in self.traps if trap.takes(line)), None)
         if trap is None:
@@ -136,7 +136,8 @@ class TrapProxy:
         self, request: BaseHTTPRequestHandler, body: bytes
     ) -> tuple[int, list[tuple[str, str]], bytes]:
         link = http.client.HTTPConnection(self._target, timeout=60)
-        headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
+        dropped = {"host", "transfer-encoding", "content-length", "expect"}
+        headers = {n: value for n, value in request.headers.items() if n.lower() not in dropped}
         headers["Host"] = self._target
         link.request(request.command, request.path, body=body, headers=headers)
         answer = link.getresponse()
@@ -164,3 +165,16 @@ class TrapProxy:
             request.wfile.write(content[: len(content) // 2] if is_cut else content)
         if is_cut:
             request.close_connection = True
+
+
+def _body_of(request: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request; Arrow's client sends its own in chunks."""
+    if "chunked" not in request.headers.get("Transfer-Encoding", "").lower():
+        return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    body = b""
+    while size := int(request.rfile.readline().split(b";")[0], 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    while request.rfile.readline().strip():
+        pass
+    return body

@@ -13,11 +13,12 @@ from hcodec_core.cli import main
 from hcodec_core.config import Config, load_config
 from hcodec_core.dataset.checks import rows_of_snapshot
 from hcodec_core.dataset.commit import CommitInfo, commit_plan
+from hcodec_core.dataset.compaction import compact
 from hcodec_core.dataset.facts import SnapshotFacts
 from hcodec_core.dataset.inventory import take_inventory
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.plan import PlanRequest, make_plan
-from hcodec_core.dataset.table import load_table
+from hcodec_core.dataset.table import find_layout, load_table
 from hcodec_core.dataset.versions import VersionRecord, publish
 from hcodec_core.errors import EXIT_FAILURE, CommitConflictError, HCodecError, ValidationFailedError
 from hcodec_core.jobs import JOB_FILE, read_job
@@ -80,6 +81,13 @@ def publish_alone_step(config_path: Path, log_path: Path, plan_uri: str, snapsho
     with as_process(log_path, None):
         config = load_config(config_path)
         publish(config, open_storage(config.storage), plan_uri, snapshot_id)
+
+
+def compact_step(config_path: Path, log_path: Path, dataset: str) -> None:
+    """Compaction of ``main``."""
+    with as_process(log_path, None):
+        config = load_config(config_path)
+        compact(open_storage(config.storage), find_layout(config, dataset), dry_run=False)
 
 
 def finish(config: Config, storage: Storage, plan_uri: str) -> VersionRecord:
