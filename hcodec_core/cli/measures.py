@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,9 @@ def add_commands(commands: Commands) -> None:
         "invariance", help="measure whether codes depend on batch, threads or device"
     )
     parser.add_argument("--codec", default="hcodec-nano", help="codec URI (default: hcodec-nano)")
-    parser.add_argument("--audio", type=Path, default=None, help="folder of audio (else synthetic)")
+    parser.add_argument("--preset", default=None, help="measure this preset with random weights")
+    parser.add_argument("--threshold", type=float, default=None, help="for codecs of variable rate")
+    parser.add_argument("--audio", type=Path, default=None, help="file or folder (else synthetic)")
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--clips", type=int, default=64, help="different clips to draw from")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,6 +57,17 @@ def _add_seams(commands: Commands) -> None:
 
 
 def _invariance(options: argparse.Namespace, output: Output) -> int:
+    if options.preset is None:
+        return _measure_invariance(options, output)
+    from hcodec_core.models.random_weights import write_random_codec
+
+    with tempfile.TemporaryDirectory(prefix="hcodec-") as folder:
+        write_random_codec(options.preset, Path(folder), options.seed)
+        options.codec = folder
+        return _measure_invariance(options, output)
+
+
+def _measure_invariance(options: argparse.Namespace, output: Output) -> int:
     from hcodec_core.inference.invariance import compare_engines, measure_invariance
 
     if options.batches < 1 or options.clips < 1:
@@ -70,7 +84,7 @@ def _invariance(options: argparse.Namespace, output: Output) -> int:
             lambda done: progress.update(bar, completed=done),
         )
     title = (
-        f"{options.codec}, mode {options.mode}, {options.device}: {report.num_clips} clips in "
+        f"{_name_of(engine)}, mode {options.mode}, {options.device}: {report.num_clips} clips in "
         f"{report.num_batches} random batches against each clip alone"
     )
     tables = [_agreement_table(title, report.agreement)]
@@ -85,6 +99,11 @@ def _invariance(options: argparse.Namespace, output: Output) -> int:
         holds = holds and all(difference.is_near_tie for difference in differences)
     output.tables(tables)
     return EXIT_OK if holds else EXIT_FAILURE
+
+
+def _name_of(engine: Engine) -> str:
+    manifest = engine.codec.spec.manifest
+    return manifest.name if manifest.is_trained else f"{manifest.name} (random weights)"
 
 
 def _seams(options: argparse.Namespace, output: Output) -> None:
@@ -156,6 +175,7 @@ def _engine(options: argparse.Namespace, device: str, threads: int) -> Engine:
 
     settings = EncodeSettings(
         mode=options.mode,
+        threshold=options.threshold,
         compute_class=compute_class(device, threads),
         shapes=ShapeRule(max_rows=options.rows),
     )
