@@ -14,7 +14,7 @@ MINUTES ?= 20
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop demo-clean test test-slow lint types layers check clean chaos bench-dataset
+.PHONY: help setup demo demo-stop demo-clean test test-slow test-chaos lint types layers check clean chaos bench-dataset
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,10 +42,13 @@ demo-clean: demo-stop ## Remove everything the demo wrote
 	rm -rf .demo
 
 test: $(STAMP) ## Run the tests, with one end-to-end run through a real Airflow and a real S3 endpoint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos"
 
 test-slow: $(STAMP) ## Run the longer suites
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos"
+
+test-chaos: $(STAMP) ## Run the fault harness as a test (ten minutes; wants a quiet machine, so not part of CI)
+	$(BIN)/python -m pytest -m chaos
 
 chaos: $(STAMP) ## Break the pipeline on purpose and count rows (SEED=1 MINUTES=20)
 	$(BIN)/python -m tests.chaos.harness --seed $(SEED) --minutes $(MINUTES)

@@ -15,6 +15,17 @@ from hcodec_core.config import StorageConfig
 from hcodec_core.storage import Storage, open_storage
 
 
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """The command line sets up logging for its own process; here it shares one with other tests."""
+    root, ours = logging.getLogger(), logging.getLogger("hcodec_core")
+    before = list(root.handlers), root.level, ours.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """URL of an S3 server on the loopback interface; credentials are in the environment."""

@@ -10,6 +10,8 @@ from tests.chaos.bed import Bed, Server, make_reference
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.harness import Verdict, run
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

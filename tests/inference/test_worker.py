@@ -624,7 +624,8 @@ def test_a_killed_process_costs_nothing(
     tmp_path: Path,
 ) -> None:
     """Two processes on one plan, one killed mid-shard: byte for byte what one worker writes."""
-    files = speech(27)
+    # Enough work that a report comes in the middle of it, however fast the machine.
+    files = speech(240)
     alone = write_plan(s3_storage, bucket_uri, files, num_shards=3, plan="alone")
     # That one worker mixes the files of two shards in its batches, to no effect.
     wide = replace(options, num_parallel_shards=2, num_decoders=2)
