@@ -1,4 +1,9 @@
-"""Processes of the demo: each in its own group, found again by a mark, all ended at the end."""
+"""Processes of the demo: each in its own group, found again by a record and a mark, all ended.
+
+The mark is an environment variable that every descendant inherits; a process that renames itself
+(Airflow's API server does) loses it from view, so what was started is also recorded by pid and
+start time.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,7 @@ from pathlib import Path
 import psutil
 
 MARK = "HCODEC_DEMO_STATE"
+_RECORD = "processes.jsonl"
 _STOP_SECONDS = 10.0
 AIRFLOW = (str(Path(sys.executable).with_name("airflow")),)
 
@@ -46,6 +52,13 @@ class Services:
                 env={**environment, MARK: str(self.state_path)},
                 start_new_session=True,
             )
+        self._record(self._processes[name].pid)
+
+    def _record(self, pid: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended at once: nothing to end later
+            line = json.dumps([pid, psutil.Process(pid).create_time()])
+            with (self.state_path / _RECORD).open("a") as record:
+                record.write(line + "\n")
 
     def log_path(self, name: str) -> Path:
         """Where the output of a process goes."""
@@ -87,7 +100,7 @@ class Services:
 
 def end_marked_processes(state_path: Path) -> int:
     """End all processes of a demo in ``state_path``, also of one that was killed; how many."""
-    marked = list(_marked_processes(state_path))
+    marked = list({*_recorded_processes(state_path), *_marked_processes(state_path)})
     for process in marked:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -96,7 +109,20 @@ def end_marked_processes(state_path: Path) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=_STOP_SECONDS)
+    (state_path / _RECORD).unlink(missing_ok=True)
     return len(marked)
+
+
+def _recorded_processes(state_path: Path) -> Iterator[psutil.Process]:
+    """Processes that a demo in ``state_path`` started, while they live, and what they started."""
+    record = state_path / _RECORD
+    for line in record.read_text().splitlines() if record.exists() else []:
+        pid, created = json.loads(line)
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.create_time() == created:
+                yield from process.children(recursive=True)
+                yield process
 
 
 def _marked_processes(state_path: Path) -> Iterator[psutil.Process]:
