@@ -14,7 +14,7 @@ MINUTES ?= 20
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop demo-clean test test-slow test-chaos lint types layers check clean chaos bench-dataset
+.PHONY: help setup demo demo-stop demo-clean test test-slow test-chaos lint types layers check clean chaos bench-dataset bench-codecs
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ chaos: $(STAMP) ## Break the pipeline on purpose and count rows (SEED=1 MINUTES=
 
 bench-dataset: $(STAMP) ## Measure how the dataset layer scales; writes docs/benchmarks/dataset.md (minutes)
 	$(BIN)/python -m tests.benchmarks.bench_dataset
+
+bench-codecs: $(STAMP) ## Measure how fast codecs encode, on CPU and on a GPU when present; writes docs/benchmarks/<machine> (half an hour)
+	$(BIN)/hcodec bench --out docs/benchmarks
 
 lint: $(STAMP) ## ruff: style and format
 	$(BIN)/ruff check .

@@ -12,7 +12,17 @@ import sys
 from collections.abc import Sequence
 
 from hcodec_core import __version__
-from hcodec_core.cli import audio, codecs, compare, datasets, exports, measures, upkeep, worker
+from hcodec_core.cli import (
+    audio,
+    bench,
+    codecs,
+    compare,
+    datasets,
+    exports,
+    measures,
+    upkeep,
+    worker,
+)
 from hcodec_core.cli.output import Output, setup_logging
 from hcodec_core.errors import EXIT_FAILURE, EXIT_OK, HCodecError
 
@@ -47,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hcodec {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what happens inside")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (codecs, measures, compare, audio, datasets, exports, upkeep, worker):
+    for group in (codecs, measures, compare, bench, audio, datasets, exports, upkeep, worker):
         group.add_commands(commands)
     return parser
 

@@ -19,7 +19,7 @@ import torch
 
 from hcodec_core.audio.segments import SegmentRule
 from hcodec_core.errors import AudioError, ConfigError, QuarantineReason
-from hcodec_core.inference.arithmetic import Mode, decoding, encoding
+from hcodec_core.inference.arithmetic import Mode, decoding, encoding, narrow_type
 from hcodec_core.inference.batch_runner import BatchRunner
 from hcodec_core.inference.clips import Clip as Clip
 from hcodec_core.inference.clips import ClipTokens as ClipTokens
@@ -78,6 +78,8 @@ class Engine:
         self.num_threads = num_threads
         settings = codec.spec.settings
         self.mode: Mode = settings.mode
+        size = codec.spec.manifest.num_parameters
+        self.narrow_type = narrow_type(codec.device, self.mode, size)
         self._rule = SegmentRule.of(
             sample_rate=codec.sample_rate,
             hop_length=codec.hop_length,
@@ -111,7 +113,7 @@ class Engine:
         """
         for index, clip in enumerate(clips):
             self._check_clip(index, clip)
-        with encoding(self.codec.device, self.mode, self.num_threads):
+        with encoding(self.codec.device, self.mode, self.num_threads, self.narrow_type):
             done = self._encoder.run(
                 self._encode_batches([len(clip) for clip in clips]),
                 lambda batch: self._encode_batch(batch, clips, cuts),

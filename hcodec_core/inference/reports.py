@@ -11,7 +11,6 @@ import torch
 
 from hcodec_core import __version__
 from hcodec_core.errors import HCodecError
-from hcodec_core.inference.arithmetic import narrow_type
 from hcodec_core.inference.engine import Engine
 from hcodec_core.jobs import TokenizeJob, WorkerProgress
 from hcodec_core.storage import Storage, join_uri
@@ -110,11 +109,10 @@ class ProgressBoard:
 
 def build_of(engine: Engine) -> dict[str, str]:
     """What made the tokens: versions of code, libraries and compute class; nothing of the host."""
-    narrow = narrow_type(engine.codec.device, engine.mode)
     return {
         "hcodec": __version__,
         "compute_class": engine.codec.spec.settings.compute_class,
-        "arithmetic": str(narrow or torch.float32).removeprefix("torch."),
+        "arithmetic": str(engine.narrow_type or torch.float32).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from hcodec_core.errors import ConfigError
 from hcodec_core.inference.agreement import AgreementTally, measure_agreement
@@ -81,6 +82,8 @@ def test_an_engine_agrees_with_itself_and_shares_its_weights():
     same = measure_agreement(exact, exact.in_mode("exact"), clips)
     assert all(d.num_diverged == 0 and d.num_equal == d.num_frames for d in same.depths)
     assert len(same.depths) == 8
+    fast.narrow_type = torch.bfloat16  # on a CPU nano itself stays in float32
     found = measure_agreement(fast, exact, clips)
     assert found.depths[0].stream == "semantic"
-    assert found.depths[0].holding_share > 0.9
+    assert 0.9 < found.depths[0].holding_share < 1
+    assert found.depths[3].num_reached < found.depths[0].num_reached

@@ -1,0 +1,59 @@
+"""``hcodec bench``: rows of the agreed form, written and merged by codec, mode and device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hcodec_core.cli import main
+
+KEYS = {
+    "codec",
+    "mode",
+    "device",
+    "x_realtime",
+    "loop_x_realtime",
+    "codes_equal",
+    "peak_bytes",
+    "bottleneck",
+}
+
+
+def bench(capsys, out: Path, *arguments: str):
+    capsys.readouterr()
+    options = ("--device", "cpu", "--budget", "0.1", "--out", str(out), "--json")
+    assert main(["bench", *arguments, *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_rows_are_measured_written_and_merged(capsys, tmp_path: Path) -> None:
+    rows = bench(capsys, tmp_path, "--preset", "ucodec-tiny")
+    assert [row["mode"] for row in rows] == ["exact", "fast"]
+    for row in rows:
+        assert row.keys() == KEYS
+        assert (row["codec"], row["device"]) == ("ucodec-tiny", "cpu")
+        assert row["x_realtime"] > 0
+        assert row["loop_x_realtime"] > 0
+        assert 100e6 < row["peak_bytes"] < 20e9
+        assert row["bottleneck"].endswith("%")
+    assert rows[0]["codes_equal"] == 1.0
+    bench(capsys, tmp_path, "--codec", "hcodec-nano")
+    bench(capsys, tmp_path, "--preset", "ucodec-tiny")
+    (path,) = tmp_path.glob("*.json")
+    assert "cores" in path.name
+    kept = json.loads(path.read_text())
+    assert sorted({(row["codec"], row["mode"]) for row in kept}) == [
+        (codec, mode) for codec in ("hcodec-nano", "ucodec-tiny") for mode in ("exact", "fast")
+    ]
+    assert len(kept) == 4
+    page = path.with_suffix(".md").read_text()
+    assert "Weights are random" in page
+    assert "ucodec-tiny" in page
+
+
+@pytest.mark.parametrize("arguments", [("--preset", "nothing"), ("--budget", "0")])
+def test_what_cannot_be_measured_is_said(capsys, arguments: tuple[str, str]) -> None:
+    assert main(["bench", *arguments, "--device", "cpu"]) == 43
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
