@@ -35,22 +35,33 @@ def narrow_type(device: torch.device, mode: Mode, num_parameters: int) -> torch.
 def encoding(
     device: torch.device, mode: Mode, num_threads: int, narrow: torch.dtype | None
 ) -> Iterator[None]:
-    """While it lasts, arithmetic is that of encoding in ``mode``, products in type ``narrow``."""
-    with (
-        decoding(mode, num_threads),
-        torch.autocast(device.type, narrow, enabled=narrow is not None),
-    ):
-        yield
+    """While it lasts, arithmetic is that of encoding in ``mode``, products in type ``narrow``.
+
+    What autocast leaves in float32 (code search, residual streams, mel features) is meant to be:
+    TF32 is off in both modes.
+    """
+    is_narrow = narrow is not None
+    with _fixed(num_threads, is_deterministic=mode == "exact", has_tf32=False):
+        with torch.autocast(device.type, narrow, enabled=is_narrow):
+            yield
 
 
 @contextmanager
 def decoding(mode: Mode, num_threads: int) -> Iterator[None]:
-    """While it lasts, arithmetic is that of decoding: float32, in mode fast with TF32 products.
+    """While it lasts, arithmetic is that of decoding: float32, in mode fast with TF32 products."""
+    is_exact = mode == "exact"
+    with _fixed(num_threads, is_deterministic=is_exact, has_tf32=not is_exact):
+        yield
 
-    TF32 is off in mode exact. Kernels are never chosen by timing: in mode exact that would decide
-    bits, in mode fast every batch has another shape and would be timed anew. The forward passes
-    hold no atomic additions, so kernels are deterministic without torch's global switch, which
-    would demand an environment variable.
+
+@contextmanager
+def _fixed(num_threads: int, *, is_deterministic: bool, has_tf32: bool) -> Iterator[None]:
+    """Fix what torch may choose freely, and put it back afterwards.
+
+    Kernels are never chosen by timing: in mode exact that would decide bits, in mode fast every
+    batch has another shape and would be timed anew. The forward passes hold no atomic additions, so
+    kernels are deterministic without torch's global switch, which would demand an environment
+    variable.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = (
@@ -60,11 +71,10 @@ def decoding(mode: Mode, num_threads: int) -> Iterator[None]:
         cudnn.deterministic,
         matmul.allow_tf32,
     )
-    is_exact = mode == "exact"
     try:
         torch.set_num_threads(num_threads)
-        cudnn.allow_tf32 = matmul.allow_tf32 = not is_exact
-        cudnn.benchmark, cudnn.deterministic = False, is_exact
+        cudnn.allow_tf32 = matmul.allow_tf32 = has_tf32
+        cudnn.benchmark, cudnn.deterministic = False, is_deterministic
         yield
     finally:
         torch.set_num_threads(before[0])

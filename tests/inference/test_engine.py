@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hcodec_core.errors import AudioError, ConfigError, ForeignTokensError, QuarantineReason
+from hcodec_core.inference.agreement import measure_agreement
 from hcodec_core.inference.arithmetic import narrow_type
 from hcodec_core.inference.engine import Engine, compute_class
 from hcodec_core.models.hcodec.config import tiny
@@ -223,6 +224,7 @@ def test_what_is_narrow_reaches_the_codec(monkeypatch):
     encode = engine.codec._encode
 
     def record(audio, num_samples, with_margins):
+        assert not torch.backends.cuda.matmul.allow_tf32, "code search would not be float32"
         seen.append((torch.is_autocast_enabled("cpu"), audio.dtype))
         return encode(audio, num_samples, with_margins)
 
@@ -246,6 +248,24 @@ def test_torch_is_left_as_it_was(sound):
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_fast_mode_on_a_gpu_learns_its_batch_and_agrees_with_exact(sound):
+    settings = EncodeSettings(mode="fast", compute_class=compute_class("cuda"))
+    engine = Engine(load_codec("hcodec-nano", settings, device="cuda"))
+    assert engine.narrow_type == torch.bfloat16
+    generator = np.random.default_rng(1)
+    clips = [
+        cut(sound, int(generator.integers(0, 100_000)), int(generator.integers(8000, 100_000)))
+        for _ in range(120)
+    ]
+    first = engine._encoder.budget.seconds
+    agreement = measure_agreement(engine, engine.in_mode("exact"), clips)
+    assert agreement.depths[0].stream == "semantic"
+    assert agreement.depths[0].holding_share > 0.9
+    assert engine._encoder.budget.seconds > first
 
 
 def test_compute_class_names_what_decides_bits():
