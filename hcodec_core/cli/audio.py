@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from hcodec_core.cli.compare import agreement_table
 from hcodec_core.cli.output import Commands, Output, add_json
 from hcodec_core.errors import ConfigError, HCodecError
 from hcodec_core.jobs import Outcome, WorkerProgress
@@ -125,6 +126,7 @@ def _show(report: EncodeReport, options: argparse.Namespace, output: Output) -> 
         "audio_seconds": round(report.audio_seconds, 3),
         "tokens": report.num_tokens,
         "without_tokens": [outcome.model_dump(mode="json") for outcome in without],
+        "agreement": None if report.agreement is None else report.agreement.model_dump(mode="json"),
     }
     if output.is_json:
         output.result(document)
@@ -133,6 +135,8 @@ def _show(report: EncodeReport, options: argparse.Namespace, output: Output) -> 
         f"{options.out}: {document['files_with_tokens']} of {report.num_files} files, "
         f"{report.audio_seconds:.1f} s of audio, {report.num_tokens} tokens"
     )
+    if report.agreement is not None:
+        output.table(*agreement_table("mode fast", "mode exact", report.agreement))
     if without:
         rows = [(o.uri, o.reason or o.outcome, o.detail) for o in without]
         output.table("Files without tokens", ("file", "reason", "detail"), rows)

@@ -126,17 +126,20 @@ def _show(
     if output.is_json:
         output.result(_document(labels, agreement, found, refused))
         return
-    output.tables([_agreement_table(labels, agreement), _file_table(labels, found)])
+    if agreement is None:
+        output.note(f"{labels[1]} and {labels[0]} have other codebooks: no codes to compare.")
+    else:
+        output.table(*agreement_table(labels[1], labels[0], agreement))
+    output.table(*_file_table(labels, found))
     for refusal in refused:
         output.note(f"{refusal.path} was not compared: {refusal.reason}")
 
 
-def _agreement_table(labels: tuple[str, str], agreement: ModeAgreement | None) -> Table:
+def agreement_table(found: str, expected: str, agreement: ModeAgreement) -> Table:
+    """How far codes agree, codebook by codebook; ``found`` and ``expected`` name the two sides."""
     heads = ("stream", "codebook", "frames", "equal", "holds")
-    if agreement is None:
-        return f"{labels[1]} and {labels[0]} have other codebooks: no codes to compare", heads, []
     title = (
-        f"Codes of {labels[1]} against {labels[0]}: {agreement.num_clips} files, "
+        f"Codes of {found} against {expected}: {agreement.num_clips} clips, "
         f"{agreement.audio_seconds:.1f} s; tokens begin together: F1 {agreement.boundary_f1:.4f}. "
         "Holds: of the frames whose codebooks before agree"
     )

@@ -29,7 +29,7 @@ from hcodec_core.dataset.shards import results_by_shard
 from hcodec_core.errors import EXIT_OK, ConfigError, PreemptedError, StorageError
 from hcodec_core.inference.engine import Clip, ClipTokens, Engine
 from hcodec_core.inference.worker import WorkerOptions, run_worker
-from hcodec_core.jobs import JOB_FILE, FileOutcome, TokenizeJob, read_job
+from hcodec_core.jobs import JOB_FILE, FileOutcome, ModeAgreement, TokenizeJob, read_job
 from hcodec_core.storage import Storage, file_uri, join_uri, open_storage
 from hcodec_core.tokens import CodecManifest, CodecSpec, Codes, EncodeSettings
 
@@ -40,12 +40,13 @@ _ROWS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What ``encode_files`` did: counts, and the outcome of every file."""
+    """What ``LocalEncoding`` did: counts, the outcome of every file, agreement of mode fast."""
 
     num_files: int
     audio_seconds: float
     num_tokens: int
     outcomes: Sequence[FileOutcome]
+    agreement: ModeAgreement | None = None
 
 
 class LocalEncoding:
@@ -97,12 +98,15 @@ class LocalEncoding:
         if failed:
             raise StorageError(f"Encoding failed: {failed[0]}")
         files = [result.data_file.uri for result in results if result.data_file is not None]
-        _join_parquet(self.job, [Path(uri.removeprefix("file://")) for uri in files], out_path)
+        agreement = ModeAgreement.total(r.agreement for r in results if r.agreement is not None)
+        paths = [Path(uri.removeprefix("file://")) for uri in files]
+        _join_parquet(self.job, agreement, paths, out_path)
         return EncodeReport(
             num_files=self.job.num_files,
             audio_seconds=sum(result.audio_seconds for result in results),
             num_tokens=sum(result.num_tokens for result in results),
             outcomes=[outcome for result in results for outcome in result.outcomes],
+            agreement=agreement,
         )
 
 
@@ -208,13 +212,16 @@ def _write_manifest(scratch_path: Path, paths: Sequence[Path]) -> str:
     return file_uri(manifest_path)
 
 
-def _join_parquet(job: TokenizeJob, paths: Sequence[Path], out_path: Path) -> None:
+def _join_parquet(
+    job: TokenizeJob, agreement: ModeAgreement | None, paths: Sequence[Path], out_path: Path
+) -> None:
     described = {
         "format_version": 1,
         "codec_uri": job.codec_uri,
         "manifest": job.manifest.model_dump(mode="json"),
         "settings": job.settings.model_dump(mode="json"),
         "encode_id": job.encode_id,
+        "agreement": None if agreement is None else agreement.model_dump(mode="json"),
     }
     schema = arrow_schema(job.manifest).with_metadata({_METADATA_KEY: json.dumps(described)})
     out_path.parent.mkdir(parents=True, exist_ok=True)

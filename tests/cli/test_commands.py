@@ -134,6 +134,19 @@ def test_encode_gives_the_same_codes_alone_and_in_company(capsys, place):
     assert alone in together
 
 
+def test_encode_in_mode_fast_tells_and_stores_its_agreement(capsys, place):
+    out = place / "fast.parquet"
+    report = run_json(capsys, "encode", place / "audio", "--mode", "fast", "--out", out)
+    assert report["agreement"]["num_clips"] == 3
+    import pyarrow.parquet as pq
+
+    stored = json.loads(pq.read_schema(out).metadata[b"hcodec"])
+    assert stored["agreement"] == report["agreement"]
+    code, text, _ = run(capsys, "encode", place / "audio", "--mode", "fast", "--out", out)
+    assert code == 0
+    assert "against mode exact" in text
+
+
 def test_encode_lists_files_without_tokens(capsys, place):
     (place / "audio" / "d.wav").write_text("no audio")
     report = run_json(capsys, "encode", place / "audio", "--out", place / "t.parquet")
