@@ -650,7 +650,7 @@ def test_a_killed_process_costs_nothing(
 def test_a_terminated_process_hands_over(
     s3_storage: Storage, root_uri: str, options: WorkerOptions, tmp_path: Path
 ) -> None:
-    job = write_plan(s3_storage, root_uri, speech(30), lease_seconds=600.0)
+    job = write_plan(s3_storage, root_uri, speech(240), lease_seconds=600.0)
     with process(job, tmp_path / "a") as first:
         wait_until(lambda: first.is_mid_shard(s3_storage, job))
         first.process.terminate()
