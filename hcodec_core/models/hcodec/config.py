@@ -407,7 +407,7 @@ FACTS: Mapping[str, CodecFacts] = {
     "hcodec-2.0": CodecFacts(
         1_354_373_506,
         "length-aware",
-        AS_PUBLISHED,
+        f"{AS_PUBLISHED} when converted with fft=float32",
         "hf QuarkAudio/H-Codec-2.0; SSL model hf bosonai/hubert_base",
         "Apache-2.0",
     ),
