@@ -11,7 +11,9 @@ from hcodec_core.errors import ConfigError, ForeignTokensError
 from hcodec_core.inference.engine import ClipTokens, Engine, compute_class
 from hcodec_core.inference.invariance import synthetic_clips
 from hcodec_core.inference.long_audio import faded, is_long, token_pieces
+from hcodec_core.inference.segmented import encode_in_segments
 from hcodec_core.models.loading import load_codec
+from hcodec_core.models.random_weights import write_random_codec
 from hcodec_core.models.registry import build_codec, presets
 from hcodec_core.tokens import EncodeSettings
 
@@ -177,3 +179,13 @@ def test_adaptive_rows_decode_in_pieces(tmp_path):
     audio = adaptive.decode_clips([clip])[0]
     assert len(audio) == len(sound)
     assert np.isfinite(audio).all()
+
+
+def test_a_decoder_that_sees_less_than_the_halo_has_no_seams(tmp_path):
+    write_random_codec("dac-tiny", tmp_path)
+    pieces = Engine(load_codec(str(tmp_path), settings(segment_seconds=1.5)))
+    whole = Engine(load_codec(str(tmp_path), settings(segment_seconds=60.0)))
+    sound = np.concatenate(synthetic_clips(RATE, 4, 0))[: int(7.77 * RATE)]
+    clip = encode_in_segments(pieces, sound)
+    at_once, in_pieces = (engine.decode_clips([clip])[0] for engine in (whole, pieces))
+    np.testing.assert_allclose(in_pieces, at_once, atol=1e-4 * at_once.std())
