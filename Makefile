@@ -11,10 +11,15 @@ CORPUS ?= tests/corpus/clips
 KEEP ?=
 SEED ?= 1
 MINUTES ?= 20
+AIRFLOW ?=
+KUBECONFIG_FILE ?=
+OUT ?= .train-nano
+RANKS ?= 2
+TRACKING ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop demo-clean test test-slow test-chaos lint types layers check clean chaos bench-dataset bench-codecs
+.PHONY: help setup demo demo-stop demo-clean images helm-package test test-slow test-chaos test-cluster lint types layers check clean chaos bench-dataset bench-codecs train-nano
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,7 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[airflow,worker,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[airflow,worker,train,dev]"
+	$(BIN)/python -m tests.helm.tools
 	@du -sh $(VENV) | awk '{print "Installed: " $$1}'
 	@touch $(STAMP)
 
@@ -42,15 +48,25 @@ demo-clean: demo-stop ## Remove everything the demo wrote
 	rm -rf .demo
 
 test: $(STAMP) ## Run the tests, with one end-to-end run through a real Airflow and a real S3 endpoint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not cluster"
 
 test-slow: $(STAMP) ## Run the longer suites
-	$(BIN)/python -m pytest -m "slow and not gpu and not chaos"
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not cluster"
 
-test-chaos: $(STAMP) ## Run the fault harness as a test (ten minutes; wants a quiet machine, so not part of CI)
+test-chaos: $(STAMP) ## Run all named faults as tests, those of a real Airflow too (half an hour; ten of them are in make test-slow)
 	$(BIN)/python -m pytest -m chaos
 
-chaos: $(STAMP) ## Break the pipeline on purpose and count rows (SEED=1 MINUTES=20)
+test-cluster: $(STAMP) ## Images, chart and DAG on a real Kubernetes (root; needs tests/cluster/build.sh once; KUBECONFIG_FILE=... for another cluster)
+	HCODEC_CLUSTER_KUBECONFIG="$(KUBECONFIG_FILE)" $(BIN)/python -m pytest -m cluster -v tests/cluster
+
+images: ## Build the worker and the Airflow image (docker/build.sh names the settings)
+	docker/build.sh worker
+	docker/build.sh airflow
+
+helm-package: $(STAMP) ## Package the chart into dist/ (AIRFLOW=1 with Airflow's own chart as a dependency)
+	$(BIN)/python -m tests.helm.package $(if $(AIRFLOW),--with-airflow)
+
+chaos: $(STAMP) ## Break the pipeline on purpose and count rows: every named fault, and random ones for MINUTES (SEED=1 MINUTES=20)
 	$(BIN)/python -m tests.chaos.harness --seed $(SEED) --minutes $(MINUTES)
 
 bench-dataset: $(STAMP) ## Measure how the dataset layer scales; writes docs/benchmarks/dataset.md (minutes)
@@ -58,6 +74,13 @@ bench-dataset: $(STAMP) ## Measure how the dataset layer scales; writes docs/ben
 
 bench-codecs: $(STAMP) ## Measure how fast codecs encode, on CPU and on a GPU when present; writes docs/benchmarks/<machine> (half an hour)
 	$(BIN)/hcodec bench --out docs/benchmarks
+
+train-nano: $(STAMP) ## Train hcodec-nano unattended (DATA=folder of audio, OUT=.train-nano, EVAL=folder to score on); goes on where it stopped
+	@[ -n "$(DATA)" ] || { echo "Name a folder of audio: make train-nano DATA=/audio/speech [OUT=folder] [EVAL=folder]"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m hcodec_core.training.launch --standalone --nproc-per-node $(RANKS) -m hcodec_core.cli train \
+	  --recipe nano --data "$(DATA)" --data tests/corpus/clips --out "$(OUT)" --scratch "$(OUT)/scratch"$(if $(TRACKING), --tracking $(TRACKING)) \
+	  --licence Apache-2.0 --resume
+	$(if $(EVAL),$(BIN)/hcodec evaluate --codec "$(OUT)/codec" --audio "$(EVAL)" --against hcodec-nano --out "$(OUT)/evaluation")
 
 lint: $(STAMP) ## ruff: style and format
 	$(BIN)/ruff check .

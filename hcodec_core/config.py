@@ -17,6 +17,15 @@ warehouse_uri = "s3://tokens/warehouse"
 
 [work]                           # plans, leases, results, reports, logs
 work_uri = "s3://tokens/work"
+
+[registry]                       # MLflow; left out: mlflow.db beside a sqlite catalog
+uri = "https://mlflow.example.org"
+
+[gate]                           # when a retrained codec may be promoted
+min_files = 20
+[gate.metrics.stoi]              # naming metrics replaces the built-in margins
+margin = 0.01
+is_required = true
 ```
 """
 
@@ -25,7 +34,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hcodec_core.errors import AccessError, ConfigError
 
@@ -80,6 +89,64 @@ class CostConfig(_Section):
     default_realtime_factor: float = Field(default=20.0, gt=0)
 
 
+class MetricMargin(_Section):
+    """What the gate asks of one metric.
+
+    ``margin``: how much worse than the champion a challenger may be, in the metric's unit (None: no
+    comparison). ``worst``: absolute bound, lowest mean for metrics where more is better and highest
+    where less is. ``is_required``: a challenger without this measurement does not pass.
+    """
+
+    margin: float | None = Field(default=None, ge=0)
+    worst: float | None = None
+    is_required: bool = False
+
+    @model_validator(mode="after")
+    def _check_anything(self) -> MetricMargin:
+        if self.margin is None and self.worst is None:
+            raise ValueError("needs a margin, a worst value, or both")
+        return self
+
+
+DEFAULT_MARGINS = {
+    "mel_distance_db": MetricMargin(margin=0.2, is_required=True),
+    "stoi": MetricMargin(margin=0.01, is_required=True),
+    "pesq_wb": MetricMargin(margin=0.1),
+    "pesq_nb": MetricMargin(margin=0.1),
+    "dnsmos_ovrl": MetricMargin(margin=0.1),
+    "wer": MetricMargin(margin=0.01),
+    "speaker_similarity": MetricMargin(margin=0.01),
+}
+
+
+class GateConfig(_Section):
+    """When a challenger may take the champion's place: non-inferiority in every metric named.
+
+    ``metrics``: replaces the built-in margins. ``confidence``: of the one-sided bound on the mean
+    difference. ``min_files``: pairs of files below which nothing is decided.
+    ``max_challenger_failures``: files that the challenger cannot process though the champion can.
+    ``group_depth``: files whose names share so many leading folders (a speaker's) are resampled
+    together, since they are not independent; 0: each file alone.
+    """
+
+    min_files: int = Field(default=20, ge=2)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    num_resamples: int = Field(default=4000, ge=200, le=100_000)
+    seed: int = 0
+    group_depth: int = Field(default=0, ge=0)
+    max_challenger_failures: int = Field(default=0, ge=0)
+    metrics: dict[str, MetricMargin] = DEFAULT_MARGINS
+
+
+class RegistryConfig(_Section):
+    """MLflow model registry: ``sqlite:////folder/mlflow.db``, or ``http(s)://`` of a server.
+
+    Left out, it is ``mlflow.db`` beside a catalog that is a sqlite file.
+    """
+
+    uri: str | None = None
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -89,6 +156,8 @@ class Config(_Section):
     catalog: CatalogConfig
     work: WorkConfig
     cost: CostConfig = CostConfig()
+    gate: GateConfig = GateConfig()
+    registry: RegistryConfig = RegistryConfig()
 
     def check_source(self, uri: str) -> None:
         """Raise ``AccessError`` unless ``uri`` lies under an allowed source prefix."""

@@ -4,9 +4,11 @@
     |- ConfigError                 43   the job or its configuration is wrong: fail at once
     |  |- CheckpointError          43   weights or codec manifest are wrong
     |  |- ForeignTokensError       43   tokens of another codec
+    |  |- DivergedError            43   training gave a loss that is no number
     |  `- AccessError              43   no such bucket, no permission, prefix not allowed
     |     `- FolderMissingError    43   a local folder does not exist (an unmounted volume?)
     |- StorageError                 1   object storage did not answer as it should (retry)
+    |- ClusterError                 1   Kubernetes did not answer as it should (retry)
     |- ObjectMissingError           1   an object that should be there is not
     |- SourceChangedError           1   an object is not the one that was listed
     |- AudioError                   1   one file cannot be used; carries a quarantine reason
@@ -15,6 +17,8 @@
     |- CommitConflictError          1   another writer moved the table (retry)
     |- ValidationFailedError        1   the dataset did not pass its checks
     |- BudgetExceededError          1   more bad files, or more cost, than the budget allows
+    |- RegistryError                1   the model registry did not answer as it should (retry)
+    |- PromotionRefusedError        1   this codec may not become champion, or not any more
     `- PreemptedError             143   asked to stop; work goes on elsewhere
 
 A message is one sentence: what is wrong, where, and what to do. Secrets never appear in one.
@@ -52,6 +56,10 @@ class ForeignTokensError(ConfigError):
     """Tokens were made with codebooks other than those of the codec asked to decode them."""
 
 
+class DivergedError(ConfigError):
+    """Training gave a loss or gradient that is not finite; repeating the step would do it again."""
+
+
 class AccessError(ConfigError):
     """A bucket does not exist, permission is missing, or a prefix is outside the allowed ones."""
 
@@ -62,6 +70,12 @@ class FolderMissingError(AccessError):
 
 class StorageError(HCodecError):
     """Object storage failed in a way that a later try may not."""
+
+    retryable = True
+
+
+class ClusterError(HCodecError):
+    """The Kubernetes API failed in a way that a later try may not."""
 
     retryable = True
 
@@ -123,6 +137,16 @@ class ValidationFailedError(HCodecError):
 
 class BudgetExceededError(HCodecError):
     """More bad files, or more cost, than the run was allowed."""
+
+
+class RegistryError(HCodecError):
+    """The model registry failed in a way that a later try may not; nothing was promoted."""
+
+    retryable = True
+
+
+class PromotionRefusedError(HCodecError):
+    """A codec may not take the champion's place: the gate, a person, or events said no."""
 
 
 class PreemptedError(HCodecError):

@@ -10,15 +10,17 @@ A plan's folder in object storage (``TokenizeJob.plan_uri``) holds
     results/<shard_id>.json             ``ShardResult``; the truth about a shard
     workers/<worker_id>.json            ``WorkerProgress``; replaced every few seconds
     logs/<worker_id>.log
+    backend/                            of whoever runs workers (see ``dataset.batch_choice``)
 
 Readers accept every format version up to their own and refuse later ones.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +36,9 @@ class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Parsed = TypeVar("Parsed", bound=_Document)
+
+
 class DecodeLimits(_Document):
     """Caps on what one source file may cost."""
 
@@ -43,12 +48,39 @@ class DecodeLimits(_Document):
     memory_bytes: int = Field(default=4 * 1024**3, gt=0)
 
 
+class BatchClass(_Document):
+    """How much a worker holds in memory at once; never the shape of a batch, so never a token.
+
+    ``held_batches``: of decoded audio. ``decoders``, ``parallel_shards``: at most so many; None: as
+    the worker is started.
+    """
+
+    held_batches: int = Field(default=8, ge=1)
+    downloads: int = Field(default=8, ge=1)
+    decoders: int | None = Field(default=None, ge=1)
+    parallel_shards: int | None = Field(default=None, ge=1)
+
+    @property
+    def for_people(self) -> str:
+        """Its entries in a few words."""
+        limits = self.model_dump(exclude_none=True)
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in limits.items())
+
+
+BATCH_CLASSES = (
+    BatchClass(),
+    BatchClass(held_batches=3, downloads=4, decoders=2, parallel_shards=1),
+    BatchClass(held_batches=1, downloads=1, decoders=1, parallel_shards=1),
+)
+
+
 class TokenizeJob(_Document):
     """Encode the files of one plan into Parquet, shard by shard.
 
     ``codec_uri`` is resolved: its content must have ``manifest.digest``. ``data_uri`` is the folder
     of the plan's Parquet files. ``lease_seconds``: a lease whose heartbeat stood still for so long
     may be taken over. ``max_attempts``: counted attempts before a shard is marked failed.
+    ``batch_classes``: the next one follows when a worker was ended for want of memory.
     """
 
     kind: Literal["tokenize"] = "tokenize"
@@ -67,6 +99,7 @@ class TokenizeJob(_Document):
     limits: DecodeLimits = DecodeLimits()
     lease_seconds: float = Field(default=60.0, gt=0)
     max_attempts: int = Field(default=3, ge=1)
+    batch_classes: tuple[BatchClass, ...] = Field(default=BATCH_CLASSES, min_length=1)
 
 
 class Outcome(StrEnum):
@@ -237,10 +270,144 @@ class WorkerProgress(_Document):
     held_shards: dict[str, int] = {}
 
 
-def read_job(text: bytes | str) -> TokenizeJob:
-    """Parse a job document. Raises ``ConfigError`` naming each wrong entry."""
+class HeldOutFile(_Document):
+    """One file of a held-out set, pinned. ``name``: its path below the set's folder."""
+
+    name: str
+    uri: str
+    etag: str
+
+
+class CodecPin(_Document):
+    """A codec that a job must find unchanged. ``digest``: ``CodecManifest.digest``.
+
+    ``version``: where a registry named it (``models:/NAME/3``), else "". ``threshold``: only for
+    codecs of variable rate. A ``baseline:`` codec is part of the evaluation: its digest is "".
+    """
+
+    uri: str
+    digest: str
+    version: str = ""
+    threshold: float | None = None
+
+
+class EvaluateJob(_Document):
+    """Score a codec on a held-out set, beside another codec and baselines where named.
+
+    One process does it; ``plan_id`` and ``plan_uri`` name the evaluation and its folder, which
+    holds ``job.json``, ``workers/``, ``reports/<attempt>/`` and, written last and once,
+    ``results/evaluation.json``. ``max_seconds``: of each file. ``gate``: ``config.GateConfig`` as
+    values. ``local_models``: folder URIs by use (``asr``, ``speaker``, ``mos``).
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    format_version: Literal[1] = 1
+    plan_id: str
+    plan_uri: str
+    held_out_uri: str
+    files: list[HeldOutFile] = Field(min_length=1)
+    codec: CodecPin
+    against: CodecPin | None = None
+    baselines: list[str] = []
+    max_seconds: float = Field(default=30.0, gt=0)
+    metrics: list[str] = []
+    gate: dict[str, Any] = {}
+    local_models: dict[str, str] = {}
+    num_samples_to_hear: int = Field(default=4, ge=0)
+    num_shards: Literal[1] = 1
+    num_files: int = Field(ge=1)
+    lease_seconds: float = Field(default=60.0, gt=0)
+
+
+class TrainJob(_Document):
+    """Train a codec to the end of a recipe; started again, it goes on where it stopped.
+
+    All ranks run the same job. ``plan_uri`` is the run's folder (see ``training.run``), which holds
+    ``job.json`` too and, written last, ``results/training.json``. ``recipe``: ``training.recipe``
+    as values. ``data_uris``: folders, manifests, inventories or ``dataset:NAME@VERSION``. ``base``:
+    codec to go on from. ``teacher``: folder of the SSL model, where one is needed from scratch.
+    """
+
+    kind: Literal["train"] = "train"
+    format_version: Literal[1] = 1
+    plan_id: str
+    plan_uri: str
+    recipe: dict[str, Any]
+    data_uris: list[str] = Field(min_length=1)
+    base: CodecPin | None = None
+    teacher: str | None = None
+    is_tracked: bool = True
+    experiment: str = "hcodec"
+    weights_licence: str = "unknown"
+    num_shards: Literal[1] = 1
+    num_files: int = Field(default=0, ge=0)
+    lease_seconds: float = Field(default=60.0, gt=0)
+
+
+class SampledFile(_Document):
+    """A file whose row is audited. ``data_uri``: Parquet file that holds the row."""
+
+    uri: str
+    etag: str
+    data_uri: str
+
+
+class AuditJob(_Document):
+    """Decode and encode again a sample of a plan's rows, on a machine of the plan's compute class.
+
+    One process does it. ``plan_id`` is the plan's; ``plan_uri`` is the audit's folder, which holds
+    ``job.json`` and, written last and once, ``results/audit.json`` (see ``dataset.audit``).
+    """
+
+    kind: Literal["audit"] = "audit"
+    format_version: Literal[1] = 1
+    plan_id: str
+    plan_uri: str
+    tokenize: TokenizeJob
+    files: list[SampledFile] = Field(min_length=1)
+    num_shards: Literal[1] = 1
+    num_files: int = Field(ge=1)
+    lease_seconds: float = Field(default=60.0, gt=0)
+
+
+Job = TokenizeJob | EvaluateJob | TrainJob | AuditJob
+_JOBS: dict[str, type[Job]] = {
+    "tokenize": TokenizeJob,
+    "evaluate": EvaluateJob,
+    "train": TrainJob,
+    "audit": AuditJob,
+}
+
+
+def read_any_job(text: bytes | str) -> Job:
+    """Parse a job document of any kind. Raises ``ConfigError`` naming each wrong entry."""
+    kind = job_kind(text)
+    if kind not in _JOBS:
+        raise ConfigError(
+            f"Jobs of kind {kind!r} are unknown to this version: it runs {', '.join(_JOBS)}."
+        )
+    return _parse(text, _JOBS[kind])
+
+
+def job_kind(text: bytes | str) -> str:
+    """The kind that a job document says it is. Raises ``ConfigError`` when it says none."""
     try:
-        return TokenizeJob.model_validate_json(text)
+        kind = json.loads(text)["kind"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            "The job document is no JSON object with a kind: name the job.json of a plan."
+        ) from error
+    return str(kind)
+
+
+def read_job(text: bytes | str) -> TokenizeJob:
+    """Parse a tokenise job. Raises ``ConfigError`` naming each wrong entry."""
+    return _parse(text, TokenizeJob)
+
+
+def _parse(text: bytes | str, model: type[Parsed]) -> Parsed:
+    try:
+        return model.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(
             f"The job document cannot be used by this version: {describe(error)}."

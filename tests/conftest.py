@@ -19,6 +19,13 @@ from hcodec_core.storage import Storage, open_storage
 def logging_as_it_was() -> Iterator[None]:
     """The command line sets up logging for its own process; here it shares one with other tests."""
     root, ours = logging.getLogger(), logging.getLogger("hcodec_core")
+    # Libraries that configure logging (Alembic, Airflow) disable the loggers that they find, and
+    # fixtures of a whole module that use the command line leave its levels behind.
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("hcodec") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
     before = list(root.handlers), root.level, ours.level
     yield
     root.handlers[:] = before[0]

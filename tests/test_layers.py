@@ -19,8 +19,10 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 import hcodec_airflow, hcodec_core.dataset, hcodec_core.audio, hcodec_core.codecs
+import hcodec_core.evaluation, hcodec_core.promotion
 names = []
-for package in (hcodec_airflow, hcodec_core.dataset, hcodec_core.audio):
+CORE = (hcodec_core.dataset, hcodec_core.audio, hcodec_core.evaluation, hcodec_core.promotion)
+for package in (hcodec_airflow, *CORE):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if module.name == "hcodec_core.dataset.torch_reader":
             continue  # the reader for training, the one module there that needs torch

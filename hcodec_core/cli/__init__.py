@@ -14,12 +14,18 @@ from collections.abc import Sequence
 from hcodec_core import __version__
 from hcodec_core.cli import (
     audio,
+    audits,
     bench,
+    cards,
+    catalogs,
     codecs,
     compare,
     datasets,
+    evaluation,
     exports,
     measures,
+    promotion,
+    training,
     upkeep,
     worker,
 )
@@ -57,7 +63,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hcodec {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what happens inside")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (codecs, measures, compare, bench, audio, datasets, exports, upkeep, worker):
+    scoring = (measures, compare, bench, evaluation, promotion)
+    keeping = (upkeep, catalogs)
+    data = (datasets, audits, cards, exports)
+    for group in (codecs, *scoring, audio, *data, training, *keeping, worker):
         group.add_commands(commands)
     return parser
 

@@ -48,7 +48,9 @@ def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser("plan", help="list a source and plan what has no tokens yet")
     plan.add_argument("source", nargs="+", help="folders (s3://..., file:///...) or manifests")
     plan.add_argument("--dataset", required=True)
-    plan.add_argument("--codec", default="hcodec-nano", help="codec URI (default: hcodec-nano)")
+    plan.add_argument(
+        "--codec", default="hcodec-nano", help="codec URI or models:/NAME@champion (hcodec-nano)"
+    )
     plan.add_argument("--mode", choices=("exact", "fast"), default="exact")
     plan.add_argument("--channel", choices=("mean", "first"), default="mean")
     plan.add_argument("--gain", type=float, default=1.0)
@@ -75,7 +77,15 @@ def _add_versions(commands: Commands) -> None:
     listing = actions.add_parser("list", help="all versions of a dataset")
     diff = actions.add_parser("diff", help="objects added, changed, removed between two versions")
     back = actions.add_parser("rollback", help="let readers see an older version again")
-    for action, handler in ((listing, _versions), (diff, _diff), (back, _rollback)):
+    pin = actions.add_parser("pin", help="keep a version from retention")
+    unpin = actions.add_parser("unpin", help="leave a version to retention again")
+    for action, handler in (
+        (listing, _versions),
+        (diff, _diff),
+        (back, _rollback),
+        (pin, _pin),
+        (unpin, _unpin),
+    ):
         action.add_argument("dataset")
         action.add_argument("--encode-id", default=None, help="first digits, among several codecs")
         add_config(action)
@@ -83,8 +93,10 @@ def _add_versions(commands: Commands) -> None:
         action.set_defaults(handler=handler)
     diff.add_argument("old")
     diff.add_argument("new")
-    back.add_argument("version")
-    back.add_argument("--reason", default="")
+    for action in (back, pin, unpin):
+        action.add_argument("version")
+    for action in (back, pin):
+        action.add_argument("--reason", default="")
 
 
 def _open(options: argparse.Namespace) -> tuple[Config, Storage]:
@@ -99,7 +111,7 @@ def _plan(options: argparse.Namespace, output: Output) -> None:
     config, storage = _open(options)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     inventory_uri = join_uri(config.work.work_uri, "inventories", options.dataset, stamp)
-    request = _request(options, inventory_uri, storage)
+    request = _request(options, inventory_uri, config, storage)
     with output.progress() as progress:
         bar = progress.add_task("objects listed", total=None)
         take_inventory(
@@ -113,14 +125,19 @@ def _plan(options: argparse.Namespace, output: Output) -> None:
     output.result(plan.model_dump(mode="json"), _plan_text(plan, options.dry_run))
 
 
-def _request(options: argparse.Namespace, inventory_uri: str, storage: Storage) -> PlanRequest:
+def _request(
+    options: argparse.Namespace, inventory_uri: str, config: Config, storage: Storage
+) -> PlanRequest:
     from pydantic import ValidationError
 
     from hcodec_core.codecs import load_manifest
     from hcodec_core.config import describe
     from hcodec_core.dataset.plan_documents import BadFileBudget, PlanRequest
+    from hcodec_core.promotion.resolving import resolve_codec
 
-    manifest = load_manifest(options.codec, fetch=storage.read)
+    # A plan holds a place and a digest, never a name that may mean another codec tomorrow.
+    codec = resolve_codec(config, options.codec, storage)
+    manifest = load_manifest(codec.uri, expected_digest=codec.digest, fetch=storage.read)
     try:
         settings = EncodeSettings(
             mode=options.mode,
@@ -132,7 +149,7 @@ def _request(options: argparse.Namespace, inventory_uri: str, storage: Storage) 
         return PlanRequest(
             dataset=options.dataset,
             inventory_uri=inventory_uri,
-            codec_uri=options.codec,
+            codec_uri=codec.uri,
             manifest=manifest,
             settings=settings,
             hours_per_shard=options.hours_per_shard,
@@ -189,13 +206,20 @@ def _validate(options: argparse.Namespace, output: Output) -> None:
 
 
 def _publish(options: argparse.Namespace, output: Output) -> None:
+    from hcodec_core.dataset.card import card_page_uri, write_card
+    from hcodec_core.dataset.layout import DatasetLayout
     from hcodec_core.dataset.versions import publish
 
     config, storage = _open(options)
     plan_uri = options.plan_uri.rstrip("/")
     snapshot_id, report_uri = _commit_and_validate(config, storage, plan_uri)
     record = publish(config, storage, plan_uri, snapshot_id, report_uri)
-    text = f"Dataset {record.dataset} is now at version {record.version}.\nReport: {report_uri}"
+    layout = DatasetLayout(config, record.dataset, record.encode_id)
+    write_card(storage, layout, record.version)
+    text = (
+        f"Dataset {record.dataset} is now at version {record.version}.\nReport: {report_uri}\n"
+        f"Card: {card_page_uri(layout, record.version)}"
+    )
     output.result(record.model_dump(mode="json"), text)
 
 
@@ -224,9 +248,16 @@ def _versions(options: argparse.Namespace, output: Output) -> None:
     layout = find_layout(config, options.dataset, options.encode_id)
     output.table(
         f"Versions of {options.dataset}, encode id {layout.encode_id[:12]}",
-        ("version", "files", "published", "plan", "current"),
+        ("version", "files", "published", "plan", "current", "pinned"),
         [
-            (v.version, v.num_rows, f"{v.published_at:%Y-%m-%d %H:%M:%S}", v.plan_id, v.is_current)
+            (
+                v.version,
+                "given up" if v.num_rows is None else v.num_rows,
+                f"{v.published_at:%Y-%m-%d %H:%M:%S}",
+                v.plan_id,
+                v.is_current,
+                v.is_pinned,
+            )
             for v in list_versions(layout)
         ],
     )
@@ -260,6 +291,28 @@ def _rollback(options: argparse.Namespace, output: Output) -> None:
         output.result({"version": options.version}, f"Readers see {options.version} already.")
     else:
         output.result(entry.model_dump(mode="json"), f"Readers see {options.version} again.")
+
+
+def _pin(options: argparse.Namespace, output: Output) -> None:
+    from hcodec_core.dataset.table import find_layout
+    from hcodec_core.dataset.versions import pin
+
+    config, _ = _open(options)
+    layout = find_layout(config, options.dataset, options.encode_id)
+    pin(layout, options.version, options.reason)
+    text = f"{options.version} is pinned: retention leaves it."
+    output.result({"version": options.version, "is_pinned": True}, text)
+
+
+def _unpin(options: argparse.Namespace, output: Output) -> None:
+    from hcodec_core.dataset.table import find_layout
+    from hcodec_core.dataset.versions import unpin
+
+    config, _ = _open(options)
+    layout = find_layout(config, options.dataset, options.encode_id)
+    unpin(layout, options.version)
+    text = f"{options.version} is not pinned any more."
+    output.result({"version": options.version, "is_pinned": False}, text)
 
 
 def _inspect(options: argparse.Namespace, output: Output) -> None:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from hcodec_core.config import Config
+from hcodec_core.dataset.audit import FileAudit
 from hcodec_core.dataset.expectations import Rule, judge, page_of
 from hcodec_core.dataset.facts import Faults, RowReader, SnapshotFacts
 from hcodec_core.dataset.layout import DatasetLayout
+from hcodec_core.dataset.pages import printable
 from hcodec_core.dataset.plan_documents import BadFileBudget, read_plan
 from hcodec_core.dataset.report import (
     PAGE_FILE,
@@ -28,11 +30,10 @@ from hcodec_core.dataset.report import (
     CheckOutcome,
     ReportParts,
     ValidationResult,
-    printable,
     upload_report,
     write_report,
 )
-from hcodec_core.dataset.rules import Thresholds, rules_of
+from hcodec_core.dataset.rules import AUDIT_TITLES, Thresholds, rules_of
 from hcodec_core.dataset.summary import CodebookUse, SnapshotSummary, summary_of
 from hcodec_core.dataset.table import catalog_errors, load_table
 from hcodec_core.errors import BudgetExceededError, HCodecError, ValidationFailedError
@@ -191,6 +192,7 @@ def _version_frame(job: TokenizeJob, summary: SnapshotSummary, snapshot: Snapsho
         "silent_share": summary.silent_share,
         "clipped_share": summary.clipped_share,
         "moved_share": summary.moved_share,
+        **{name: None if files is None else len(files) for name, files in _audited(summary)},
     }
     return pa.table({name: pa.array([value], pa.float64()) for name, value in numbers.items()})
 
@@ -208,6 +210,15 @@ def _codebook_frame(summary: SnapshotSummary) -> pa.Table:
     )
 
 
+def _audited(summary: SnapshotSummary) -> Iterator[tuple[str, list[FileAudit] | None]]:
+    """Files at fault by check of the audit; None where the check does not apply."""
+    audit = summary.audit
+    is_exact = audit is not None and audit.mode == "exact"
+    yield "audit_codes_equal", audit.with_other_codes if audit and is_exact else None
+    yield "audit_lengths_equal", audit.with_wrong_length if audit else None
+    yield "audit_audio_finite", audit.not_finite if audit else None
+
+
 def _book_name(book: CodebookUse) -> str:
     return f"{book.stream} codebook {book.codebook}"
 
@@ -218,6 +229,9 @@ def _faults_of(rule: Rule, facts: SnapshotFacts, summary: SnapshotSummary) -> Fa
         return facts.faulty(rule.name, _NUM_EXAMPLES)
     if rule.frame == "codebooks":
         return _poor_codebooks(rule, summary)
+    if rule.name in AUDIT_TITLES:
+        files = dict(_audited(summary))[rule.name] or []
+        return Faults([(file.uri, _audit_note(file)) for file in files][:_NUM_EXAMPLES], len(files))
     outcomes: Sequence[Outcome] = ()
     if rule.name in _BUDGET_CHECKS:
         outcomes = (Outcome.QUARANTINED,)
@@ -226,6 +240,13 @@ def _faults_of(rule: Rule, facts: SnapshotFacts, summary: SnapshotSummary) -> Fa
     listed = facts.without_tokens(outcomes, _NUM_EXAMPLES)
     count = sum(summary.outcomes[outcome.value] for outcome in outcomes)
     return Faults([(uri, reason) for uri, reason, _ in listed], count)
+
+
+def _audit_note(file: FileAudit) -> str:
+    return (
+        f"{file.num_equal_codes} of {file.num_codes} codes the same, "
+        f"{file.num_decoded_samples} of {file.num_samples} samples"
+    )
 
 
 def _poor_codebooks(rule: Rule, summary: SnapshotSummary) -> Faults:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hcodec_core.dataset.exclusions import read_exclusions
 from hcodec_core.dataset.inventory import InventoryInfo
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.ledger import rollback_entries, version_of
@@ -36,7 +37,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Work:
-    """Files to encode (columns uri, etag, size, metadata, is_changed) and rows to remove."""
+    """Files to encode (columns uri, etag, size, metadata, is_changed) and rows to remove.
+
+    ``num_excluded``: listed files that were erased from the dataset and stay out of it.
+    """
 
     files: pa.Table
     seconds: Seconds
@@ -46,6 +50,7 @@ class Work:
     withheld: tuple[int, str] = (0, "")
     num_remaining: int = 0
     remaining_seconds: float = 0.0
+    num_excluded: int = 0
 
 
 def read_base(layout: DatasetLayout) -> Base:
@@ -72,17 +77,22 @@ def find_work(
 ) -> Work:
     """Files to encode, changed ones first, and rows to remove.
 
+    Files that were erased from the dataset (see ``exclusions``) are left out.
     A file is held when ``main`` has its uri with its etag; a changed one has another etag there.
     """
     keys = keys_of(listed, "uri", "etag")
     is_held = is_in(keys, keys_of(base.held, "uri", "etag"))
+    exclusions = read_exclusions(storage, layout.config, layout.dataset)
+    is_out = pa.repeat(False, len(listed))
+    if exclusions is not None:
+        is_out = exclusions.flags(listed["uri"])
     is_bad = pa.array(np.zeros(len(listed), dtype=bool))
     if not request.retry_quarantined:
         is_bad = is_in(keys, keys_of(read_quarantine(storage, layout), "uri", "etag"))
         is_bad = pc.and_(is_bad, pc.invert(is_held))
     files = listed.append_column(
         "is_changed", is_in(keys_of(listed, "uri"), keys_of(base.held, "uri"))
-    ).filter(pc.invert(pc.or_(is_held, is_bad)))
+    ).filter(pc.invert(pc.or_(is_out, pc.or_(is_held, is_bad))))
     files = files.take(pc.sort_indices(files, [("is_changed", "descending"), ("uri", "ascending")]))
     tombstones, withheld = _tombstones(request, info, listed, base.held)
     return Work(
@@ -92,6 +102,7 @@ def find_work(
         num_unchanged=count_true(is_held),
         num_quarantined=count_true(is_bad),
         withheld=withheld,
+        num_excluded=count_true(is_out),
     )
 
 

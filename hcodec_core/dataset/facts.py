@@ -1,7 +1,8 @@
 """The plan, its results and the rows of a snapshot, gathered in one place for asking.
 
-Everything that grows with the number of files lies in a DuckDB file in a work folder, so memory
-stays bounded whatever the size of the plan or the table; codes are counted as they stream by.
+Everything that grows with the number of files lies in Parquet files of a work folder that DuckDB
+reads, so memory stays bounded whatever the size of the plan or the table; inserting the same into
+tables takes ten times as long. Codes are counted as they stream by.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from hcodec_core.dataset.audit import AuditResult, read_audit
 from hcodec_core.dataset.plan_documents import TOMBSTONES_FILE
-from hcodec_core.dataset.results import read_result, result_uri
+from hcodec_core.dataset.results import OUTCOMES_SCHEMA, read_result_table, result_uri
 from hcodec_core.dataset.rowfacts import (
     CodeCounter,
     flag_columns,
     needed_columns,
     row_facts,
     slices,
+)
+from hcodec_core.dataset.scratch import (
+    DEFAULT_MEMORY_BYTES,
+    ScratchTable,
+    add_view,
+    open_scratch,
 )
 from hcodec_core.errors import ConfigError, ObjectMissingError
 from hcodec_core.jobs import FILES_FILE, ModeAgreement, ShardResult, TokenizeJob
@@ -34,19 +42,36 @@ RowReader = Callable[[Sequence[str], Collection[str] | None], Iterable[pa.Record
 _RESULT_THREADS = 16
 _RESULTS_PER_CHUNK = 32  # bounds the outcomes that are held as objects
 
-_TABLES = {
-    "plan": "shard_id VARCHAR, uri VARCHAR, etag VARCHAR",
-    "tombstones": "uri VARCHAR, etag VARCHAR",
-    "results": "shard_id VARCHAR, status VARCHAR, error VARCHAR, worker_seconds DOUBLE,"
-    " data_uri VARCHAR",
-    "outcomes": "shard_id VARCHAR, uri VARCHAR, etag VARCHAR, outcome VARCHAR, reason VARCHAR,"
-    " detail VARCHAR, audio_seconds DOUBLE",
-    "new_rows": "audio_id VARCHAR, uri VARCHAR, etag VARCHAR, shard_id VARCHAR,"
-    " content_sha256 VARCHAR, num_samples BIGINT, sample_rate INT, num_frames INT,"
-    " duration_seconds DOUBLE, peak FLOAT, loudness_db FLOAT, clipped_share FLOAT",
-    "keys": "audio_id VARCHAR, uri VARCHAR",
-    "faults": "check_name VARCHAR, shard_id VARCHAR, uri VARCHAR, note VARCHAR",
+_TEXT = pa.string()
+_SCHEMAS = {
+    "results": pa.schema(
+        [
+            ("shard_id", _TEXT),
+            ("status", _TEXT),
+            ("error", _TEXT),
+            ("worker_seconds", pa.float64()),
+            ("data_uri", _TEXT),
+        ]
+    ),
+    "outcomes": pa.schema(
+        [
+            *((name, _TEXT) for name in ("shard_id", "uri", "etag", "outcome", "reason", "detail")),
+            ("audio_seconds", pa.float64()),
+        ]
+    ),
+    "new_rows": pa.schema(
+        [
+            *((name, _TEXT) for name in ("audio_id", "uri", "etag", "shard_id", "content_sha256")),
+            ("num_samples", pa.int64()),
+            ("sample_rate", pa.int32()),
+            ("num_frames", pa.int32()),
+            ("duration_seconds", pa.float64()),
+            *((name, pa.float32()) for name in ("peak", "loudness_db", "clipped_share")),
+        ]
+    ),
+    "keys": pa.schema([("audio_id", _TEXT), ("uri", _TEXT)]),
 }
+_FAULTS = "check_name VARCHAR, shard_id VARCHAR, uri VARCHAR, note VARCHAR"
 
 # Each query gives (shard_id, uri, note), one row per fault.
 _FAULT_QUERIES = {
@@ -114,33 +139,24 @@ class Faults:
 
 
 class SnapshotFacts:
-    """A context manager around the DuckDB file; ``gather`` fills it, then it can be asked.
+    """A context manager around a DuckDB database; ``gather`` fills it, then it can be asked.
 
-    ``work_path``: folder for the DuckDB file and its scratch; the caller removes it. Tables:
+    ``work_path``: folder for its files and scratch; the caller removes it. Tables:
     ``plan``, ``tombstones``, ``results``, ``outcomes``, ``new_rows`` (of the plan's data files),
     ``keys`` (of all rows), ``faults``.
     """
 
-    def __init__(self, job: TokenizeJob, work_path: Path, memory_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, job: TokenizeJob, work_path: Path, memory_bytes: int = DEFAULT_MEMORY_BYTES
+    ) -> None:
         """Open an empty database that may hold ``memory_bytes`` before it spills to disk."""
-        import duckdb
-
         self.job = job
         self.counters = [CodeCounter(stream) for stream in job.manifest.streams]
         self.builds: set[str] = set()
         self.agreement: ModeAgreement | None = None
+        self.audit: AuditResult | None = None
         self._work_path = work_path
-        path = work_path / "facts.duckdb"
-        path.unlink(missing_ok=True)  # left by a try that was killed
-        self._db: Any = duckdb.connect(str(path))
-        for name, value in {
-            "autoinstall_known_extensions": "false",  # they would be looked for on the network
-            "autoload_known_extensions": "false",
-            "memory_limit": f"'{memory_bytes // 1000} KB'",
-            "preserve_insertion_order": "false",
-        }.items():
-            self._db.execute(f"SET {name} = {value}")
-        self._db.execute("SET temp_directory = ?", [str(work_path / "spill")])
+        self._db: Any = open_scratch(work_path, "facts", memory_bytes)
 
     def __enter__(self) -> SnapshotFacts:
         """Nothing more to open."""
@@ -157,34 +173,38 @@ class SnapshotFacts:
 
     def gather(self, storage: Storage, rows: RowReader) -> None:
         """Read plan, results and rows, and look for faults."""
-        flags = "".join(f", {name} BOOLEAN" for name in flag_columns(self.job.manifest))
-        for name, columns in _TABLES.items():
-            self._db.execute(f"CREATE TABLE {name} ({columns}{flags * (name == 'new_rows')})")
+        self._db.execute(f"CREATE TABLE faults ({_FAULTS})")
         self._load_plan(storage)
         self._load_results(storage)
         self._load_rows(rows)
+        self.audit = read_audit(storage, self.job.plan_uri)
         self._find_faults()
 
     def _load_plan(self, storage: Storage) -> None:
-        sources = {
-            "plan": (FILES_FILE, "shard_id, uri, etag"),
-            "tombstones": (TOMBSTONES_FILE, "uri, etag"),
-        }
-        for table, (name, columns) in sources.items():
+        for table, name in (("plan", FILES_FILE), ("tombstones", TOMBSTONES_FILE)):
             path = self._work_path / name
             storage.download(join_uri(self.job.plan_uri, name), path)
-            self._db.execute(
-                f"INSERT INTO {table} BY NAME SELECT {columns} FROM read_parquet(?)", [str(path)]
-            )
-            path.unlink()
+            add_view(self._db, table, path)
+
+    def _table(self, name: str) -> ScratchTable:
+        schema = _SCHEMAS[name]
+        if name == "new_rows":
+            for flag in flag_columns(self.job.manifest):
+                schema = schema.append(pa.field(flag, pa.bool_()))
+        return ScratchTable(self._db, name, self._work_path, schema)
 
     def _load_results(self, storage: Storage) -> None:
         shard_ids = [row[0] for row in self.ask("SELECT DISTINCT shard_id FROM plan ORDER BY ALL")]
-        for start in range(0, len(shard_ids), _RESULTS_PER_CHUNK):
-            chunk = shard_ids[start : start + _RESULTS_PER_CHUNK]
-            self._add_results(list(read_results(storage, self.job, chunk)))
+        with self._table("results") as shards, self._table("outcomes") as outcomes:
+            for start in range(0, len(shard_ids), _RESULTS_PER_CHUNK):
+                chunk = shard_ids[start : start + _RESULTS_PER_CHUNK]
+                results = list(read_results(storage, self.job, chunk))
+                self._add_results([result for result, _ in results], shards)
+                for result, rows in results:
+                    shard = pa.repeat(pa.scalar(result.shard_id, _TEXT), len(rows))
+                    outcomes.add(rows.append_column("shard_id", shard))
 
-    def _add_results(self, results: Sequence[ShardResult]) -> None:
+    def _add_results(self, results: Sequence[ShardResult], table: ScratchTable) -> None:
         shards = {
             "shard_id": [result.shard_id for result in results],
             "status": [result.status for result in results],
@@ -192,33 +212,21 @@ class SnapshotFacts:
             "worker_seconds": [result.timings.total_seconds for result in results],
             "data_uri": [result.data_file.uri if result.data_file else None for result in results],
         }
-        self._insert("results", pa.table(shards))
+        table.add(pa.table(shards, schema=_SCHEMAS["results"]))
         self.builds.update(_build_text(result.build) for result in results if result.build)
         parts = [self.agreement, *(result.agreement for result in results)]
         self.agreement = ModeAgreement.total(part for part in parts if part is not None)
-        for result in results:
-            columns: dict[str, list[Any]] = {
-                name: [getattr(outcome, name) for outcome in result.outcomes]
-                for name in ("uri", "etag", "outcome", "reason", "detail", "audio_seconds")
-            }
-            columns["shard_id"] = [result.shard_id] * len(result.outcomes)
-            self._insert("outcomes", pa.table(columns))
 
     def _load_rows(self, rows: RowReader) -> None:
         manifest = self.job.manifest
         # Not by plan id: a plan takes over shards that an earlier generation of it finished.
         data_uris = {uri for (uri,) in self.ask("SELECT data_uri FROM results") if uri}
-        for piece in slices(rows(needed_columns(manifest), data_uris), manifest):
-            self._insert("new_rows", row_facts(piece, manifest, self.counters))
-        for batch in rows(["audio_id", "uri"], None):
-            self._insert("keys", pa.Table.from_batches([batch]))
-
-    def _insert(self, table: str, values: pa.Table) -> None:
-        if not values.num_rows:
-            return
-        self._db.register("incoming", values)
-        self._db.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
-        self._db.unregister("incoming")
+        with self._table("new_rows") as new_rows:
+            for piece in slices(rows(needed_columns(manifest), data_uris), manifest):
+                new_rows.add(row_facts(piece, manifest, self.counters))
+        with self._table("keys") as keys:
+            for batch in rows(["audio_id", "uri"], None):
+                keys.add(pa.Table.from_batches([batch]))
 
     def _find_faults(self) -> None:
         manifest = self.job.manifest
@@ -289,23 +297,24 @@ class SnapshotFacts:
 
 def read_results(
     storage: Storage, job: TokenizeJob, shard_ids: Sequence[str]
-) -> Iterator[ShardResult]:
-    """Results of the given shards, leaving out shards that have none yet.
+) -> Iterator[tuple[ShardResult, pa.Table]]:
+    """Results of the given shards and their outcomes, leaving out shards that have none yet.
 
     A result that cannot be read, or is of another plan, comes as a failed one that says so.
     """
 
-    def read(shard_id: str) -> ShardResult | None:
+    def read(shard_id: str) -> tuple[ShardResult, pa.Table] | None:
         try:
-            result = read_result(storage, result_uri(job.plan_uri, shard_id))
+            result, rows = read_result_table(storage, result_uri(job.plan_uri, shard_id))
         except ObjectMissingError:
             return None
         except ConfigError as error:
-            return _unusable(job, shard_id, str(error))
+            return _unusable(job, shard_id, str(error)), OUTCOMES_SCHEMA.empty_table()
         if (result.plan_id, result.shard_id) == (job.plan_id, shard_id):
-            return result
+            return result, rows
         other = f"shard {result.shard_id} of plan {result.plan_id}"
-        return _unusable(job, shard_id, f"The result is one of {other}.")
+        fault = _unusable(job, shard_id, f"The result is one of {other}.")
+        return fault, OUTCOMES_SCHEMA.empty_table()
 
     with ThreadPoolExecutor(_RESULT_THREADS) as pool:
         yield from (result for result in pool.map(read, shard_ids) if result is not None)

@@ -3,6 +3,7 @@
 <work_uri>/datasets/<dataset>/<encode id, 12 digits>/
     plans/<plan_id>/              a plan with its leases, results and logs (see ``jobs``)
     versions/v<N>.json            version records
+    cards/v<N>/                   dataset cards: index.html, card.json
     quarantine/<plan_id>.parquet  files without tokens, of published plans
 <warehouse_uri>/<namespace>/<dataset>__<encode id, 12 digits>/
     metadata/                     Iceberg
@@ -74,3 +75,7 @@ class DatasetLayout:
     def version_uri(self, version: str) -> str:
         """Record of one version (``v3``)."""
         return join_uri(self.work_uri, "versions", f"{version}.json")
+
+    def card_uri(self, version: str) -> str:
+        """Folder of the dataset card of one version."""
+        return join_uri(self.work_uri, "cards", version)

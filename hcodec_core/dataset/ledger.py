@@ -6,6 +6,7 @@ snapshot or ref that they speak of.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeVar
@@ -60,13 +61,19 @@ class PlanEntry(_Entry):
 
 
 class VersionEntry(_Entry):
-    """A published version."""
+    """A published version.
+
+    Once ``expired_at`` is set, retention took it: its tag and rows are gone, its record stays.
+    ``pin_reason``: why it is pinned, if it is.
+    """
 
     plan_id: str
     snapshot_id: int
     base_snapshot_id: int
     published_at: datetime
     report_uri: str = ""
+    pin_reason: str = ""
+    expired_at: datetime | None = None
 
 
 class RollbackEntry(_Entry):
@@ -167,6 +174,43 @@ def compacted(table: Table) -> dict[str, str]:
     for plan_id, entry in old.items():
         properties |= plan_property(plan_id, entry.model_copy(update={"counts": CommitCounts()}))
     return properties
+
+
+def moved_properties(
+    table: Table, moved: Mapping[int, int], num_rows: Mapping[int, int]
+) -> tuple[dict[str, str], list[str]]:
+    """Properties to set and to remove so that the ledger speaks of snapshots written again.
+
+    ``moved``: new snapshot id by old one; ``num_rows``: rows of the new snapshot, by the old id.
+    """
+    properties: dict[str, str] = {}
+    removed: list[str] = []
+    for plan_id, plan in plan_entries(table).items():
+        properties |= plan_property(plan_id, _moved_plan(plan, moved, num_rows))
+    for version, entry in version_entries(table).items():
+        properties |= version_property(version, _moved(entry, moved))
+    for number, compaction in _entries(table, _COMPACTION, CompactionEntry).items():
+        new = _moved(compaction, moved)
+        properties |= compaction_property(new)
+        removed += [_COMPACTION + number] * (str(new.snapshot_id) != number)
+    changed = {n: text for n, text in properties.items() if table.properties.get(n) != text}
+    return changed, removed
+
+
+def _moved_plan(
+    entry: PlanEntry, moved: Mapping[int, int], num_rows: Mapping[int, int]
+) -> PlanEntry:
+    if entry.snapshot_id in num_rows and entry.counts != CommitCounts():
+        counts = {"num_total_rows": num_rows[entry.snapshot_id]}
+        entry = entry.model_copy(update={"counts": entry.counts.model_copy(update=counts)})
+    return _moved(entry, moved)
+
+
+def _moved(entry: Entry, moved: Mapping[int, int]) -> Entry:
+    names = ("snapshot_id", "base_snapshot_id")
+    return entry.model_copy(
+        update={name: moved.get(getattr(entry, name), getattr(entry, name)) for name in names}
+    )
 
 
 def version_of(table: Table, snapshot_id: int | None) -> str | None:

@@ -19,12 +19,13 @@ from hcodec_core.dataset.compaction import CompactionReport, FileSizes, compact
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.ledger import PlanState, plan_entries
 from hcodec_core.dataset.lock import LockSeeker, Waiting, release
-from hcodec_core.dataset.results import read_results
+from hcodec_core.dataset.results import try_read_results
 from hcodec_core.dataset.table import catalog_errors, load_table, refs_of
 from hcodec_core.dataset.tabular import list_folder
-from hcodec_core.errors import CommitConflictError, ConfigError
+from hcodec_core.dataset.versions import expire_versions
+from hcodec_core.errors import CommitConflictError, ConfigError, StorageError
 from hcodec_core.jobs import JOB_FILE, ShardResult
-from hcodec_core.storage import ObjectInfo, Storage
+from hcodec_core.storage import ObjectInfo, Storage, join_uri
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
@@ -48,7 +49,10 @@ class SweepReport(BaseModel):
 
 
 class Upkeep(BaseModel):
-    """Terms of ``maintain``, in days. ``small_file_mib``: files below it are put together."""
+    """Terms of ``maintain``, in days. ``small_file_mib``: files below it are put together.
+
+    ``keep_versions``: how many of the newest versions stay (None: all); pinned ones always do.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,6 +60,7 @@ class Upkeep(BaseModel):
     orphan_age_days: float = Field(default=3.0, gt=0)
     open_plan_days: float = Field(default=30.0, gt=0)
     small_file_mib: float = Field(default=32.0, ge=0)
+    keep_versions: int | None = Field(default=None, ge=1)
 
 
 class MaintenanceReport(BaseModel):
@@ -69,6 +74,7 @@ class MaintenanceReport(BaseModel):
     compaction: CompactionReport
     num_expired_snapshots: int
     sweep: SweepReport
+    expired_versions: list[str] = []
 
 
 def maintain(
@@ -86,7 +92,7 @@ def maintain(
     ``CommitConflictError`` when another run holds the lock.
     """
     if dry_run:
-        return _maintain(storage, layout, terms, dry_run=True)
+        return maintain_locked(storage, layout, terms, dry_run=True)
     lock = LockSeeker(config, storage, layout.dataset, owner).acquire()
     if isinstance(lock, Waiting):
         raise CommitConflictError(
@@ -94,16 +100,20 @@ def maintain(
             f"{lock.since}: try again when it has ended."
         )
     try:
-        return _maintain(storage, layout, terms, dry_run=False)
+        return maintain_locked(storage, layout, terms, dry_run=False)
     finally:
         release(storage, lock, "maintenance is over")
 
 
-def _maintain(
+def maintain_locked(
     storage: Storage, layout: DatasetLayout, terms: Upkeep, *, dry_run: bool
 ) -> MaintenanceReport:
+    """Like ``maintain``, on a lock that the caller holds and keeps alive."""
     sizes = FileSizes(small_bytes=int(terms.small_file_mib * 2**20))
     compaction = compact(storage, layout, sizes, dry_run=dry_run)
+    expired: list[str] = []
+    if terms.keep_versions is not None:
+        expired = expire_versions(layout, terms.keep_versions, dry_run=dry_run)
     cutoff = datetime.now(UTC) - timedelta(days=terms.expire_after_days)
     num_expired = expire_snapshots(layout, cutoff, dry_run=dry_run)
     sweep = sweep_orphans(
@@ -120,6 +130,7 @@ def _maintain(
         compaction=compaction,
         num_expired_snapshots=num_expired,
         sweep=sweep,
+        expired_versions=expired,
     )
 
 
@@ -153,11 +164,13 @@ def sweep_orphans(
     """Delete files of the table's folder that no snapshot and no open plan refers to.
 
     A plan is open until it is published, rejected, or ``open_plan_age`` old. Raises ``ConfigError``
-    for a ``min_age`` below one hour: files of running writers would look like orphans.
+    for a ``min_age`` below one hour: files of running writers would look like orphans. Ages are
+    taken by the storage's clock, so that this host's may be wrong (a dry run, which writes nothing,
+    takes this host's).
     """
     if min_age < LEAST_AGE:
         raise ConfigError("A sweep needs an age floor of at least one hour: raise min_age.")
-    now = datetime.now(UTC)
+    now = datetime.now(UTC) if dry_run else _time_of(storage, layout)
     # Listed before the references are read: what is written in between is not in the list.
     listed = list_folder(storage, layout.table_uri)
     table = load_table(layout)
@@ -180,6 +193,18 @@ def sweep_orphans(
         num_bytes=sum(info.size for info in orphans),
         uris=[info.uri for info in orphans[:max_named]],
     )
+
+
+def _time_of(storage: Storage, layout: DatasetLayout) -> datetime:
+    """The time on the storage's clock: what it says of an object written just now."""
+    uri = join_uri(layout.work_uri, "clock")
+    storage.write(uri, b"")
+    written = storage.head(uri)
+    if written is None:
+        raise StorageError(
+            f"{uri} was written and is not there: the sweep knows no ages; try again."
+        )
+    return written.last_modified
 
 
 def referenced_uris(table: Table) -> set[str]:
@@ -209,7 +234,8 @@ def _open_plans(
     for plan_id in _plan_ids(list_folder(storage, layout.plans_uri), opened_after):
         if plan_id not in closed:
             folders.append(layout.plan_data_uri(plan_id) + "/")
-            named.update(*read_results(storage, layout.plan_uri(plan_id), _data_uris))
+            # Results that cannot be read name nothing: their shards are done again.
+            named.update(*try_read_results(storage, layout.plan_uri(plan_id), _data_uris)[0])
     return folders, named
 
 

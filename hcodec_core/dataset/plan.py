@@ -6,8 +6,8 @@ A plan's folder holds what ``jobs`` describes, and
     plan.json             ``Plan``: counts, hours, cost, base snapshot, settings
 
 A plan's id is a digest of what it does: the same inventory on the same base gives the same plan,
-so making it twice does no harm. A plan of which shards failed for good gets a new generation,
-which takes over the results of the shards that were done.
+so making it twice does no harm. A plan of which shards failed for good, or left results that
+cannot be used, gets a new generation, which takes over the results of all other shards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hcodec_core.config import Config
+from hcodec_core.dataset.accounts import find_faults
 from hcodec_core.dataset.difference import Base, Work, count_true, find_work, first_wave, read_base
 from hcodec_core.dataset.inventory import (
     InventoryInfo,
@@ -39,7 +41,7 @@ from hcodec_core.dataset.plan_documents import (
     PlanRequest,
     read_plan,
 )
-from hcodec_core.dataset.results import read_results, result_uri
+from hcodec_core.dataset.results import result_uri, try_read_results
 from hcodec_core.dataset.sharding import Indices, deal_out, shard_digest
 from hcodec_core.dataset.tabular import keys_of, write_table
 from hcodec_core.errors import BudgetExceededError, ConfigError
@@ -48,6 +50,8 @@ from hcodec_core.storage import Storage, join_uri
 from hcodec_core.tokens import CodecSpec, digest_of
 
 __all__ = ["FILES_SCHEMA", "BadFileBudget", "Plan", "PlanRequest", "make_plan", "read_plan"]
+
+logger = logging.getLogger(__name__)
 
 FILES_SCHEMA = pa.schema(
     [
@@ -89,7 +93,7 @@ def make_plan(
     (a dry run only says so in ``Plan.exceeds_spend_cap``).
     """
     draft = _draft(config, storage, request)
-    plan_id, generation, previous_uri = _name(storage, draft)
+    plan_id, generation, previous = _name(storage, draft)
     plan = _summary(draft, plan_id, generation)
     if dry_run:
         return plan
@@ -99,7 +103,7 @@ def make_plan(
             f"than the cap of {plan.spend_cap}: raise the cap or set max_hours_per_version."
         )
     if not plan.is_empty:
-        _write_plan(storage, draft, plan, previous_uri)
+        _write_plan(storage, draft, plan, previous)
     return plan
 
 
@@ -131,16 +135,28 @@ def _deal(encode_id: str, work: Work, request: PlanRequest) -> tuple[Indices, tu
     return shard_of, tuple(digests)
 
 
-def _name(storage: Storage, draft: _Draft) -> tuple[str, int, str]:
-    """Plan id, generation, and the folder of the generation before, of which shards failed."""
+@dataclass(frozen=True)
+class _Previous:
+    """A generation of which shards failed, or left results that cannot be used: ``bad`` ones."""
+
+    plan_uri: str
+    bad: frozenset[str]
+
+
+def _name(storage: Storage, draft: _Draft) -> tuple[str, int, _Previous | None]:
+    """Plan id, generation, and the generation before, if there was one."""
     content = _content_of(draft)
-    previous_uri = ""
+    previous = None
     for generation in range(_MAX_GENERATIONS):
         plan_id = digest_of(content | {"generation": generation})[:24]
         plan_uri = draft.layout.plan_uri(plan_id)
-        if "failed" not in read_results(storage, plan_uri, lambda result: result.status):
-            return plan_id, generation, previous_uri
-        previous_uri = plan_uri
+        faults = find_faults(storage, plan_uri)
+        if not faults:
+            return plan_id, generation, previous
+        for shard_id, reason in sorted(faults.items()):
+            # What it left stays where it is, as evidence.
+            logger.warning("Shard %s of plan %s is done again: %s", shard_id, plan_id, reason)
+        previous = _Previous(plan_uri, frozenset(faults))
     raise ConfigError(
         f"The plan for {draft.request.dataset} failed {_MAX_GENERATIONS} times: the workers' logs "
         f"below {draft.layout.plans_uri} say why."
@@ -200,6 +216,7 @@ def _summary(draft: _Draft, plan_id: str, generation: int) -> Plan:
         remaining_hours=work.remaining_seconds / 3600,
         withheld_tombstones=work.withheld[0],
         withheld_reason=work.withheld[1],
+        num_excluded_files=work.num_excluded,
         spend_cap=request.spend_cap,
         **_cost_of(draft),
     )
@@ -218,14 +235,14 @@ def _cost_of(draft: _Draft) -> dict[str, Any]:
     }
 
 
-def _write_plan(storage: Storage, draft: _Draft, plan: Plan, previous_uri: str) -> None:
+def _write_plan(storage: Storage, draft: _Draft, plan: Plan, previous: _Previous | None) -> None:
     """Write all of a plan; the job comes last, so that no worker sees half a plan."""
     shard_ids = [f"{digest}-g{plan.generation}" for digest in draft.digests]
     files = _files_table(draft.work, draft.shard_of, shard_ids)
     write_table(storage, join_uri(plan.plan_uri, FILES_FILE), files)
     write_table(storage, join_uri(plan.plan_uri, TOMBSTONES_FILE), draft.work.tombstones)
-    if previous_uri:
-        _take_over(storage, plan, shard_ids, previous_uri)
+    if previous is not None:
+        _take_over(storage, plan, shard_ids, previous)
     storage.write(join_uri(plan.plan_uri, PLAN_FILE), plan.model_dump_json(indent=1).encode())
     job = _job_of(draft.request, plan)
     storage.write(join_uri(plan.plan_uri, JOB_FILE), job.model_dump_json(indent=1).encode())
@@ -248,12 +265,12 @@ def _files_table(work: Work, shard_of: Indices, shard_ids: list[str]) -> pa.Tabl
     return pa.table(columns, schema=FILES_SCHEMA)
 
 
-def _take_over(storage: Storage, plan: Plan, shard_ids: list[str], previous_uri: str) -> None:
+def _take_over(storage: Storage, plan: Plan, shard_ids: list[str], previous: _Previous) -> None:
     """Copy the results of shards that the failed generation finished: their files stay valid."""
     index_of = {shard_id.partition("-g")[0]: index for index, shard_id in enumerate(shard_ids)}
 
     def copy(result: ShardResult) -> None:
-        if result.status == "done":
+        if result.shard_id not in previous.bad:
             index = index_of[result.shard_id.partition("-g")[0]]
             names = {
                 "plan_id": plan.plan_id,
@@ -263,7 +280,7 @@ def _take_over(storage: Storage, plan: Plan, shard_ids: list[str], previous_uri:
             text = result.model_copy(update=names).model_dump_json(indent=1)
             storage.create(result_uri(plan.plan_uri, shard_ids[index]), text.encode())
 
-    read_results(storage, previous_uri, copy)
+    try_read_results(storage, previous.plan_uri, copy)
 
 
 def _job_of(request: PlanRequest, plan: Plan) -> TokenizeJob:

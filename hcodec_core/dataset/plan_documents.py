@@ -70,6 +70,7 @@ class Plan(_Document):
     ``base_snapshot_id`` is None when the dataset has no version yet. ``num_remaining_files``: left
     for later versions by ``max_hours_per_version``. ``withheld_tombstones``: rows whose objects
     seem to be gone and that the plan keeps nevertheless, for the reason in ``withheld_reason``.
+    ``num_excluded_files``: listed, but erased from the dataset (see ``exclusions``).
     """
 
     format_version: Literal[1] = 1
@@ -107,6 +108,7 @@ class Plan(_Document):
     spend_cap: float | None
     withheld_tombstones: int = 0
     withheld_reason: str = ""
+    num_excluded_files: int = 0
 
     @property
     def is_empty(self) -> bool:

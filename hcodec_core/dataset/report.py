@@ -1,20 +1,16 @@
-"""The result of a validation, as a value and as a page that opens without a network.
-
-The page holds its own styles and drawings, loads nothing, and shows names of objects, which
-anyone who may upload can choose, only escaped.
-"""
+"""The result of a validation, as a value and as a page that opens without a network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from hcodec_core.dataset.expectations import Severity
+from hcodec_core.dataset.pages import bars_of, render_page
 from hcodec_core.dataset.summary import SnapshotSummary
 from hcodec_core.jobs import TokenizeJob
 from hcodec_core.storage import Storage, join_uri
@@ -104,48 +100,17 @@ def upload_report(storage: Storage, folder_path: Path, report_prefix_uri: str) -
     return join_uri(report_prefix_uri, PAGE_FILE)
 
 
-def printable(name: str) -> str:
-    """A name without characters that would move the cursor or turn the text around."""
-    return name if name.isprintable() else ascii(name)[1:-1]
-
-
 def _render(result: ValidationResult, job: TokenizeJob, parts: ReportParts) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(
-        count=lambda number: f"{number:,}",
-        percent=_percent,
-        hours=lambda seconds: (
-            f"{seconds / 3600:,.2f}" if seconds < 360_000 else f"{seconds / 3600:,.0f}"
-        ),
-        printable=printable,
-    )
-    template = resources.files("hcodec_core.dataset").joinpath("report.html").read_text()
-    return environment.from_string(template).render(
+    return render_page(
+        "report.html",
         result=result,
         summary=result.summary,
         job=job,
         manifest=job.manifest,
         parts=parts,
         checks=sorted(result.checks, key=lambda c: (c.passed, c.severity)),
-        durations=_bars([bin_.num_files for bin_ in result.summary.durations]),
-        codebooks=[(use, _bars(use.bars)) for use in result.summary.codebooks],
+        durations=bars_of([bin_.num_files for bin_ in result.summary.durations]),
+        codebooks=[(use, bars_of(use.bars)) for use in result.summary.codebooks],
         without_tokens_file=WITHOUT_TOKENS_FILE,
         result_file=RESULT_FILE,
     )
-
-
-def _bars(counts: Sequence[int]) -> list[tuple[float, float, int]]:
-    """Left edge and height of each bar in 0..100, and its count."""
-    highest = max(counts, default=0) or 1
-    return [
-        (100 * index / len(counts), 100 * count / highest, count)
-        for index, count in enumerate(counts)
-    ]
-
-
-def _percent(share: float | None) -> str:
-    if share is None:
-        return "not known"
-    return f"{100 * share:.3g}\u00a0%"

@@ -32,6 +32,13 @@ _FAULT_TITLES = {
     "frames_match_samples": "The number of frames follows from the number of samples",
 }
 
+# Judged where an audit was run; the codes of mode fast are free to differ.
+AUDIT_TITLES = {
+    "audit_codes_equal": "Sampled files, encoded again in mode exact, give the codes of their rows",
+    "audit_lengths_equal": "Sampled rows decode to audio as long as their sources",
+    "audit_audio_finite": "Sampled rows decode to finite samples",
+}
+
 
 class Thresholds(BaseModel):
     """Where warnings begin; all are shares in 0..1."""
@@ -56,6 +63,7 @@ def rules_of(job: TokenizeJob, budget: BadFileBudget, thresholds: Thresholds) ->
             maximum=0,
         ),
         Rule("accounts_add_up", "As many outcomes as files in the plan", "version", "error", 0, 0),
+        *(Rule(name, title, "version", maximum=0) for name, title in AUDIT_TITLES.items()),
         *_budget_rules(budget),
         *_warning_rules(thresholds),
         Rule(

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from hcodec_core.dataset.audit import AuditResult
 from hcodec_core.dataset.facts import RowReader, SnapshotFacts
 from hcodec_core.dataset.rowfacts import CodeCounter, Ints
 from hcodec_core.jobs import ModeAgreement, Outcome, TokenizeJob
 from hcodec_core.storage import Storage
 
 _HISTOGRAM_BARS = 64
-_DURATION_EDGES = (0, 1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 1800, 3600)  # seconds
-_QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+DURATION_EDGES = (0, 1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 1800, 3600)  # seconds
+QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 _SILENT_BELOW_DB = -60.0
 _CLIPPED_ABOVE = 0.01  # share of samples at full scale that makes a file count as clipped
 
@@ -31,7 +32,7 @@ _ROW_NUMBERS = {
     " / nullif(sum(duration_seconds) FILTER (peak IS NOT NULL), 0)",
     "clipped_share": "sum(clipped_share * num_samples)"
     " / nullif(sum(num_samples) FILTER (clipped_share IS NOT NULL), 0)",
-    "quantiles": f"quantile_cont(duration_seconds, {list(_QUANTILES.values())})",
+    "quantiles": f"quantile_cont(duration_seconds, {list(QUANTILES.values())})",
 }
 
 
@@ -71,7 +72,8 @@ class SnapshotSummary(_Numbers):
     ``num_rows``: rows that the plan added; ``num_snapshot_rows``: all rows; ``num_repeated_*``:
     rows beyond the first with the same key. ``silent_share``: of audio seconds, in files below
     -60 dB of full scale. ``clipped_share``: of samples. ``worker_seconds``: over all shards.
-    ``agreement``: of mode fast with mode exact.
+    ``agreement``: of mode fast with mode exact. ``audit``: of a sample of the plan's rows, where
+    one was run.
     """
 
     num_shards: int
@@ -96,6 +98,7 @@ class SnapshotSummary(_Numbers):
     codebooks: list[CodebookUse]
     builds: list[str]
     agreement: ModeAgreement | None = None
+    audit: AuditResult | None = None
 
     @property
     def num_quarantined(self) -> int:
@@ -147,6 +150,7 @@ def summary_of(facts: SnapshotFacts) -> SnapshotSummary:
         num_codes=sum(use.num_codes for use in codebooks),
         builds=sorted(facts.builds),
         agreement=facts.agreement,
+        audit=facts.audit,
     )
 
 
@@ -174,7 +178,7 @@ def _row_numbers(facts: SnapshotFacts) -> dict[str, Any]:
     (values,) = facts.ask(f"SELECT {', '.join(_ROW_NUMBERS.values())} FROM new_rows")
     numbers = dict(zip(_ROW_NUMBERS, values, strict=True))
     quantiles = numbers.pop("quantiles")
-    found = dict(zip(_QUANTILES, quantiles, strict=True)) if numbers["num_rows"] else {}
+    found = dict(zip(QUANTILES, quantiles, strict=True)) if numbers["num_rows"] else {}
     return {**numbers, "seconds_quantiles": found}
 
 
@@ -193,15 +197,15 @@ def _num_repeated(facts: SnapshotFacts, table: str, column: str) -> int:
 
 
 def _durations(facts: SnapshotFacts) -> list[DurationBin]:
-    uppers = [*map(float, _DURATION_EDGES[1:]), None]
+    uppers = [*map(float, DURATION_EDGES[1:]), None]
     counts = ", ".join(
         f"count(*) FILTER (duration_seconds >= {lower} AND duration_seconds < {upper or 'inf'!r})"
-        for lower, upper in zip(_DURATION_EDGES, uppers, strict=True)
+        for lower, upper in zip(DURATION_EDGES, uppers, strict=True)
     )
     (values,) = facts.ask(f"SELECT {counts} FROM new_rows")
     return [
         DurationBin(lower_seconds=lower, upper_seconds=upper, num_files=count)
-        for lower, upper, count in zip(_DURATION_EDGES, uppers, values, strict=True)
+        for lower, upper, count in zip(DURATION_EDGES, uppers, values, strict=True)
     ]
 
 

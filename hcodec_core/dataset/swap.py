@@ -6,10 +6,11 @@ file that holds a row to remove is read, filtered and written again, and swapped
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from hcodec_core.dataset.accounts import Accounts
 from hcodec_core.dataset.schema import WRITER_OPTIONS, arrow_schema, stats_of_parquet
 from hcodec_core.dataset.table import catalog_errors
 from hcodec_core.dataset.tabular import each, is_in, keys_of
+from hcodec_core.errors import StorageError
 from hcodec_core.jobs import DataFile, Outcome
 from hcodec_core.storage import Storage, join_uri, sha256_of_file
 from hcodec_core.tokens import CodecManifest
@@ -93,7 +95,11 @@ class Swapper:
         touched = [(file, count) for file, count in zip(files, counts, strict=True) if count]
         logger.info("%d of %d files hold rows to remove", len(touched), len(files))
         return [
-            Swap(file, self._rewrite(file, removal) if count < file.record_count else None, count)
+            Swap(
+                file,
+                self.rewrite(file.file_path, removal.flags) if count < file.record_count else None,
+                count,
+            )
             for file, count in touched
         ]
 
@@ -109,27 +115,52 @@ class Swapper:
                 keys = pq.read_table(_as_arrow_file(source), columns=["uri", "etag"])
         return int(pc.sum(removal.flags(keys)).as_py() or 0)
 
-    def _rewrite(self, file: IcebergFile, removal: Removal) -> DataFile:
-        schema = arrow_schema(self._manifest)
-        uri = join_uri(self._folder_uri, f"swap-{uuid.uuid4().hex}.parquet")
+    def rewrite(self, uri: str, flags: Callable[[pa.Table], pa.Array]) -> DataFile:
+        """Write a file again without the rows that ``flags`` marks; read back and compared.
+
+        Raises ``StorageError`` when what was written is not what was to stay.
+        """
+        new_uri = join_uri(self._folder_uri, f"swap-{uuid.uuid4().hex}.parquet")
         with tempfile.TemporaryDirectory(prefix="hcodec-") as folder:
             old_path, new_path = Path(folder, "old.parquet"), Path(folder, "new.parquet")
-            self._storage.download(file.file_path, old_path)
-            source = pq.ParquetFile(old_path)
-            with pq.ParquetWriter(new_path, schema, **WRITER_OPTIONS) as writer:
-                for index in range(source.num_row_groups):
-                    rows = source.read_row_group(index)
-                    writer.write_table(rows.filter(pc.invert(removal.flags(rows))).cast(schema))
-            source.close()
-            self._written.append(uri)
-            info = self._storage.upload(new_path, uri)
+            self._storage.download(uri, old_path)
+            with pq.ParquetFile(old_path) as old:
+                self._write(old, new_path, flags)
+                self._check(old, new_path, flags, uri)
+            self._written.append(new_uri)
+            info = self._storage.upload(new_path, new_uri)
             return DataFile(
-                uri=uri,
+                uri=new_uri,
                 size=info.size,
                 etag=info.etag,
                 sha256=sha256_of_file(new_path),
                 stats=stats_of_parquet(pq.read_metadata(new_path), self._manifest),
             )
+
+    def _write(self, old: Any, path: Path, flags: Callable[[pa.Table], pa.Array]) -> None:
+        schema = arrow_schema(self._manifest)
+        with pq.ParquetWriter(path, schema, **WRITER_OPTIONS) as writer:
+            for rows in _kept_rows(old, flags):
+                if len(rows):
+                    writer.write_table(rows.cast(schema), row_group_size=len(rows))
+
+    @staticmethod
+    def _check(old: Any, path: Path, flags: Callable[[pa.Table], pa.Array], uri: str) -> None:
+        kept = (rows for rows in _kept_rows(old, flags) if len(rows))
+        with pq.ParquetFile(path) as new:
+            written = (new.read_row_group(index) for index in range(new.num_row_groups))
+            for before, after in itertools.zip_longest(kept, written):
+                if before is None or after is None or not before.cast(after.schema).equals(after):
+                    raise StorageError(
+                        f"What was written for {uri} does not hold the rows that were to stay: "
+                        "nothing was changed; check this machine's disk, then try again."
+                    )
+
+
+def _kept_rows(file: Any, flags: Callable[[pa.Table], pa.Array]) -> Iterator[pa.Table]:
+    for index in range(file.num_row_groups):
+        rows = file.read_row_group(index)
+        yield rows.filter(pc.invert(flags(rows)))
 
 
 def _as_arrow_file(source: Any) -> Any:

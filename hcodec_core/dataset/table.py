@@ -63,11 +63,21 @@ def open_catalog(config: Config) -> Catalog:
         return load_catalog(_CATALOG_NAME, type=kind, uri=uri, **_properties(config))
 
 
+def load_file_io(config: Config) -> Any:
+    """Random access to objects, with the catalog's settings (a ``pyiceberg.io.FileIO``)."""
+    from pyiceberg.io import load_file_io as load
+
+    return load(_properties(config))
+
+
 def _properties(config: Config) -> dict[str, str]:
     properties = {
         "warehouse": config.catalog.warehouse_uri,
         "py-io-impl": "pyiceberg.io.pyarrow.PyArrowFileIO",
         "s3.region": config.storage.region,
+        # As patient as the other clients; Arrow by itself gives a request 3 seconds.
+        "s3.connect-timeout": "10",
+        "s3.request-timeout": "60",
     }
     if config.storage.endpoint_url is not None:
         properties["s3.endpoint"] = config.storage.endpoint_url
@@ -115,29 +125,49 @@ def find_layout(config: Config, dataset: str, encode_id: str | None = None) -> D
     there is none, or more than one begins so.
     """
     found = _tables_of(config, dataset)
+    if not found:
+        names = ", ".join(dataset_names(config)) or "none yet"
+        raise ConfigError(f"There is no dataset {dataset!r} in this catalog; datasets: {names}.")
     known = {table.properties["hcodec.encode-id"]: table for table in found}
     fitting = [name for name in sorted(known) if name.startswith(encode_id or "")]
     if not fitting or (encode_id and len(fitting) > 1):
-        names = ", ".join(name[:12] for name in sorted(known)) or "none"
+        names = ", ".join(name[:12] for name in sorted(known))
         raise ConfigError(
-            f"No single table of dataset {dataset!r} fits encode id {encode_id or '(any)'}: check "
-            f"the name; its encode ids: {names}."
+            f"No single encode id of dataset {dataset!r} begins with {encode_id!r}: its encode ids "
+            f"are {names}."
         )
     return DatasetLayout(config, dataset, max(fitting, key=lambda n: last_change(known[n])))
 
 
-def _tables_of(config: Config, dataset: str) -> list[Table]:
-    from pyiceberg.exceptions import NoSuchNamespaceError
+def find_layouts(config: Config, dataset: str) -> list[DatasetLayout]:
+    """All tables of a dataset, one per encode id."""
+    ids = [table.properties["hcodec.encode-id"] for table in _tables_of(config, dataset)]
+    return [DatasetLayout(config, dataset, encode_id) for encode_id in sorted(ids)]
 
+
+def dataset_names(config: Config) -> list[str]:
+    """Names of all datasets that have a table."""
+    return sorted(
+        {name[-1].partition("__")[0] for name in _table_names(open_catalog(config), config)}
+    )
+
+
+def _tables_of(config: Config, dataset: str) -> list[Table]:
     catalog = open_catalog(config)
+    wanted = [n for n in _table_names(catalog, config) if n[-1].startswith(f"{dataset}__")]
     with catalog_errors("listing tables"):
-        try:
-            names = catalog.list_tables(config.catalog.namespace)
-        except NoSuchNamespaceError:
-            return []
-        wanted = [name for name in names if name[-1].startswith(f"{dataset}__")]
         tables = [catalog.load_table(name) for name in wanted]
     return [table for table in tables if "hcodec.encode-id" in table.properties]
+
+
+def _table_names(catalog: Catalog, config: Config) -> list[tuple[str, ...]]:
+    from pyiceberg.exceptions import NoSuchNamespaceError
+
+    with catalog_errors("listing tables"):
+        try:
+            return list(catalog.list_tables(config.catalog.namespace))
+        except NoSuchNamespaceError:
+            return []
 
 
 def load_table(layout: DatasetLayout) -> Table:
@@ -284,6 +314,25 @@ class SnapshotChange:
             self._transaction.commit_transaction()
 
 
+def write_detached(
+    table: Table, snapshots: Mapping[str, Sequence[DataFile]], summary: Mapping[str, str]
+) -> None:
+    """Write snapshots without a past, each on a new branch with just these files.
+
+    Their manifests name no other file, not even as deleted. Raises ``CommitConflictError`` when a
+    branch of that name exists.
+    """
+    with catalog_errors("writing snapshots without a past"):
+        transaction = table.transaction()
+        for branch, files in snapshots.items():
+            # A branch that does not exist begins with nothing: for once that is what is wanted.
+            producer: Any = transaction.update_snapshot(dict(summary), branch).fast_append()
+            for file in files:
+                producer.append_data_file(file)
+            producer.commit()
+        transaction.commit_transaction()
+
+
 class RefChange:
     """Changes of refs and properties in one metadata commit, each under its own requirement."""
 
@@ -308,6 +357,12 @@ class RefChange:
         """Move or make a branch."""
         return self._set(name, snapshot_id, "branch")
 
+    def move(self, name: str, snapshot_id: int) -> RefChange:
+        """Move an existing branch or tag, required to be where it is now; its kind stays."""
+        ref = self._table.refs()[name]
+        self.require(name, ref.snapshot_id)
+        return self._set(name, snapshot_id, str(ref.snapshot_ref_type.value))
+
     def create_tag(self, name: str, snapshot_id: int) -> RefChange:
         """Make a tag; an existing one is never moved."""
         return self.require(name, None)._set(name, snapshot_id, "tag")
@@ -326,6 +381,23 @@ class RefChange:
 
         if properties:
             self._updates.append(SetPropertiesUpdate(updates=dict(properties)))
+        return self
+
+    def remove_properties(self, names: Sequence[str]) -> RefChange:
+        """Remove table properties."""
+        from pyiceberg.table.update import RemovePropertiesUpdate
+
+        if names:
+            self._updates.append(RemovePropertiesUpdate(removals=list(names)))
+        return self
+
+    def forget(self, snapshot_ids: Sequence[int]) -> RefChange:
+        """Remove snapshots, which no ref may name then."""
+        from pyiceberg.table.update import RemoveSnapshotsUpdate
+
+        if snapshot_ids:
+            ids = {"snapshot-ids": list(snapshot_ids)}
+            self._updates.append(RemoveSnapshotsUpdate.model_validate(ids))
         return self
 
     def commit(self) -> None:

@@ -20,6 +20,8 @@ from hcodec_core.storage import ObjectInfo, Storage
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 _THREADS = 16
+_CHUNK_ITEMS = 64
+_ROW_GROUP_ROWS = 1 << 16  # a worker that looks for its shard's files reads few others
 
 
 class TableSink(Protocol):
@@ -44,7 +46,7 @@ def read_table(storage: Storage, uri: str, columns: Sequence[str] | None = None)
 def write_table(storage: Storage, uri: str, table: pa.Table) -> None:
     """Create or replace a Parquet object; equal tables give equal bytes."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
     storage.write(uri, sink.getvalue())
 
 
@@ -60,8 +62,13 @@ def open_table_writer(storage: Storage, uri: str, schema: pa.Schema) -> Iterator
 
 def each(call: Any, items: Iterable[Item]) -> list[Any]:
     """Results of ``call`` on each item, in order, from a few threads (storage waits, not CPU)."""
+    items = list(items)
+    # Handing items over one by one costs as much as a small call on a local disk.
+    size = max(1, min(_CHUNK_ITEMS, len(items) // (4 * _THREADS)))
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hcodec-storage") as pool:
-        return list(pool.map(call, items))
+        parts = pool.map(lambda chunk: [call(item) for item in chunk], chunks)
+        return [answer for part in parts for answer in part]
 
 
 def keys_of(table: pa.Table, *columns: str) -> pa.Array:

@@ -73,10 +73,19 @@ class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PurgeNote(_Document):
+    """Objects were erased from a version: how many of its rows went, never which."""
+
+    purge_id: str
+    purged_at: datetime
+    num_rows: int
+
+
 class VersionRecord(_Document):
     """A published version. ``quarantine_uri`` is empty when every file gave tokens.
 
-    ``agreement``: of the plan's codes with those of mode exact, where its mode is fast.
+    ``agreement``: of the plan's codes with those of mode exact, where its mode is fast. ``purges``:
+    rows erased since; ``counts`` are of the day of publishing, but for ``num_total_rows``.
     """
 
     format_version: Literal[1] = 1
@@ -105,10 +114,14 @@ class VersionRecord(_Document):
     quarantine_uri: str
     report_uri: str
     agreement: ModeAgreement | None = None
+    purges: tuple[PurgeNote, ...] = ()
 
 
 class VersionSummary(_Document):
-    """A line in the list of versions; ``is_current``: what readers of the latest version see."""
+    """A line in the list of versions; ``is_current``: what readers of the latest version see.
+
+    ``num_rows`` is None for a version that retention took.
+    """
 
     version: str
     snapshot_id: int
@@ -116,6 +129,8 @@ class VersionSummary(_Document):
     published_at: datetime
     is_current: bool
     num_rows: int | None
+    is_pinned: bool = False
+    pin_reason: str = ""
 
 
 class VersionDiff(_Document):
@@ -231,9 +246,12 @@ def _write_record(
 ) -> VersionRecord:
     """Quarantine file, then record: where the record is, all is done."""
     try:
-        return version_record(storage, layout, entry.version)
+        known = version_record(storage, layout, entry.version)
     except ObjectMissingError:
-        pass  # this publisher, or one that died, has it still to do
+        known = None  # this publisher, or one that died, has it still to do
+    # Where an older catalog was restored, a record may be of a version that it does not know.
+    if known is not None and (known.plan_id, known.snapshot_id) == (job.plan_id, entry.snapshot_id):
+        return known
     results = read_results(storage, job.plan_uri, _kept)
     outcomes = [outcome for quarantined, _ in results for outcome in quarantined]
     quarantine_uri = write_quarantine(storage, layout, job.plan_id, entry.version, outcomes)
@@ -338,6 +356,8 @@ def list_versions(layout: DatasetLayout) -> list[VersionSummary]:
             published_at=entry.published_at,
             is_current=version == current,
             num_rows=_num_rows(table, entry.snapshot_id),
+            is_pinned=_pin_tag(version) in table.refs(),
+            pin_reason=entry.pin_reason,
         )
         for version, entry in version_entries(table).items()
     ]
@@ -367,7 +387,80 @@ def resolve_version(table: Table, version: str) -> tuple[str, int]:
     if ref is not None:
         return version, int(ref.snapshot_id)
     names = ", ".join(version_entries(table)) or "none yet"
-    raise ConfigError(f"There is no version {version!r} of this dataset; versions: {names}.")
+    raise ConfigError(
+        f"There is no version {version!r} of this dataset; versions: {names}."
+        if version not in version_entries(table)
+        else f"Version {version} was taken by retention, its rows are gone: pin what is to stay."
+    )
+
+
+def pin(layout: DatasetLayout, version: str, reason: str = "") -> None:
+    """Keep a version from retention until it is unpinned; again, it renews the reason.
+
+    Raises ``ConfigError`` when there is no such version (any more), ``CommitConflictError``.
+    """
+    _set_pin(layout, version, reason, is_pinned=True)
+
+
+def unpin(layout: DatasetLayout, version: str) -> None:
+    """Leave a version to retention again. Raises like ``pin``."""
+    _set_pin(layout, version, "", is_pinned=False)
+
+
+def _set_pin(layout: DatasetLayout, version: str, reason: str, *, is_pinned: bool) -> None:
+    for _ in range(_TRIES):
+        table = load_table(layout)
+        _, snapshot_id = resolve_version(table, version)
+        entries = version_entries(table)
+        if version not in entries:
+            raise ConfigError(f"{version} is no version: name one of {', '.join(entries)}.")
+        change = RefChange(table).require(version, snapshot_id)
+        # A tag of its own, which retention requires not to exist: properties could be raced over.
+        if is_pinned and _pin_tag(version) not in table.refs():
+            change.create_tag(_pin_tag(version), snapshot_id)
+        elif not is_pinned:
+            change.remove(_pin_tag(version))
+        entry = entries[version].model_copy(update={"pin_reason": reason})
+        try:
+            change.set_properties(version_property(version, entry)).commit()
+        except CommitConflictError as error:
+            logger.info("pin of %s: %s", version, error)
+        else:
+            return
+    raise CommitConflictError(f"The pin of {version} could not be changed; try again.")
+
+
+def _pin_tag(version: str) -> str:
+    return f"pin_{version}"
+
+
+def expire_versions(layout: DatasetLayout, keep: int, *, dry_run: bool = False) -> list[str]:
+    """Give up all but the newest ``keep`` versions, on the caller's lock; returns their names.
+
+    Pinned ones and the one that readers see stay. Rows go when their snapshots expire. Raises
+    ``CommitConflictError`` when one was pinned meanwhile.
+    """
+    table = load_table(layout)
+    entries = version_entries(table)
+    current = current_version(table, main_snapshot_id(table))
+    old = list(entries)[: max(0, len(entries) - max(1, keep))]
+    going = [
+        name
+        for name in old
+        if name != current and name in table.refs() and _pin_tag(name) not in table.refs()
+    ]
+    if dry_run or not going:
+        return going
+    now = datetime.now(UTC)
+    change = RefChange(table)
+    for name in going:
+        change.require(name, table.refs()[name].snapshot_id).require(_pin_tag(name), None)
+        change.remove(name)
+        entry = entries[name].model_copy(update={"expired_at": now})
+        change.set_properties(version_property(name, entry))
+    change.commit()
+    logger.info("retention took %s of %s", ", ".join(going), layout.table_name)
+    return going
 
 
 def rollback(layout: DatasetLayout, to_version: str, reason: str = "") -> RollbackEntry | None:

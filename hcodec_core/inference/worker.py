@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ import torch
 
 from hcodec_core.audio.decode import DecodeSettings
 from hcodec_core.audio.supervisor import DecoderPool
+from hcodec_core.dataset.batch_choice import read_batch_choice
 from hcodec_core.dataset.leases import LeaseTable, LeaseTerms, worker_identity
 from hcodec_core.dataset.shards import (
     PlanFiles,
@@ -60,7 +61,6 @@ _WATCHED_AT_ONCE = 16
 _MAX_FAILED_SHARDS = 3
 _HEAD_START_SECONDS = 15.0
 _MAX_STORAGE_FAULTS = 5
-_HELD_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class WorkerOptions:
     encoder. num_decoders: audio decoding processes. scratch_path: an existing folder, for downloads
     of up to ``scratch_bytes`` and one Parquet file per shard. num_downloads: at once, per shard.
     num_parallel_shards: how many shards to work on at once, so that the encoder does not wait while
-    one begins or ends; None: 2 on a GPU, else 1. heartbeat_seconds, progress_seconds: how often
+    one begins or ends; None: 2 on a GPU, else 1. num_held_batches: of decoded audio, at most.
+    heartbeat_seconds, progress_seconds: how often
     leases and progress are written, at most.
     """
 
@@ -84,6 +85,7 @@ class WorkerOptions:
     num_decoders: int = 1
     num_downloads: int = 8
     num_parallel_shards: int | None = None
+    num_held_batches: int = 8
     scratch_bytes: int = 8 * 1024**3
     heartbeat_seconds: float = 5.0
     progress_seconds: float = 2.0
@@ -109,13 +111,14 @@ def run_worker(
         return EXIT_OK
     if stop.is_set():
         return EXIT_PREEMPTED
+    options = _in_batch_class(job, storage, options)
     probe_conditional_writes(storage, job.plan_uri)
     worker_id = worker_identity(options.identity)
     board = ProgressBoard(storage, job, worker_id, options.progress_seconds)
     phase = "stopped"
     try:
         board.set_phase("loading codec")
-        engine = _load_engine(job, storage, options)
+        engine = load_engine(job, storage, options)
         with ExitStack() as stack:
             workshop = _open_workshop(stack, job, storage, options, plan, board, worker_id, engine)
             code = _Foreman(workshop, options, pending, stop).run()
@@ -125,7 +128,22 @@ def run_worker(
         board.close(phase)
 
 
-def _load_engine(job: TokenizeJob, storage: Storage, options: WorkerOptions) -> Engine:
+def _in_batch_class(job: TokenizeJob, storage: Storage, options: WorkerOptions) -> WorkerOptions:
+    """The options within the batch class that stands for workers that start now."""
+    index = min(read_batch_choice(storage, job.plan_uri).index, len(job.batch_classes) - 1)
+    chosen = job.batch_classes[index]
+    if index:
+        logger.warning("Batch class %d: %s.", index, chosen.for_people)
+    return replace(
+        options,
+        num_held_batches=min(options.num_held_batches, chosen.held_batches),
+        num_downloads=min(options.num_downloads, chosen.downloads),
+        num_decoders=min(options.num_decoders, chosen.decoders or options.num_decoders),
+        num_parallel_shards=chosen.parallel_shards or options.num_parallel_shards,
+    )
+
+
+def load_engine(job: TokenizeJob, storage: Storage, options: WorkerOptions) -> Engine:
     """Load the codec that the job pins. Raises ``ConfigError`` when anything differs."""
     codec = load_codec(
         job.codec_uri,
@@ -156,8 +174,8 @@ def _open_workshop(
     engine: Engine,
 ) -> Workshop:
     spec = engine.codec.spec
-    held_seconds = _HELD_BATCHES * spec.settings.shapes.batch_seconds
-    pool = stack.enter_context(_open_pool(job, options))
+    held_seconds = options.num_held_batches * spec.settings.shapes.batch_seconds
+    pool = stack.enter_context(open_pool(job, options))
     batcher = stack.enter_context(
         Batcher(
             engine,
@@ -191,7 +209,8 @@ def _terms(job: TokenizeJob, options: WorkerOptions) -> LeaseTerms:
     return LeaseTerms(job.lease_seconds, options.heartbeat_seconds)
 
 
-def _open_pool(job: TokenizeJob, options: WorkerOptions) -> DecoderPool:
+def open_pool(job: TokenizeJob, options: WorkerOptions) -> DecoderPool:
+    """Decoder processes within the job's limits, for its sample rate, channel rule and gain."""
     limits: DecodeLimits = job.limits
     settings = DecodeSettings(
         sample_rate=job.manifest.sample_rate,

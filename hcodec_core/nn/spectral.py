@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcodec_core.nn.lengths import Lengths
+from hcodec_core.nn.precision import at_least_float32
 
 
 def spectrum(audio: Tensor, n_fft: int, hop_length: int) -> Tensor:
@@ -68,7 +69,8 @@ class IstftHead(nn.Module):
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
         """[B, D, T] -> [B, 1, T * hop_length]; zero past a row's end."""
-        log_magnitude, phase = self.out(x.transpose(1, 2)).chunk(2, dim=-1)
+        # Under autocast products may be narrow; phases and the transform may not.
+        log_magnitude, phase = at_least_float32(self.out(x.transpose(1, 2))).chunk(2, dim=-1)
         spectra = torch.polar(log_magnitude.exp().clamp(max=100.0), phase)
         return overlap_add(torch.fft.irfft(spectra), lengths, self.hop_length)
 

@@ -121,9 +121,12 @@ class FileStorage:
 
 def file_uri(path: str | Path) -> str:
     """The ``file://`` URI of an absolute path, as listings give it."""
+    name = str(path)
+    if name.isprintable() and "%" not in name:
+        return f"file://{name}"  # nearly all names, and listings have millions
     quoted = (
         quote(char, errors="surrogateescape") if char == "%" or not char.isprintable() else char
-        for char in str(path)
+        for char in name
     )
     return "file://" + "".join(quoted)
 

@@ -13,7 +13,12 @@ from airflow.sdk import BaseOperator, SkipMixin
 from airflow.sdk.exceptions import AirflowFailException
 
 from hcodec_airflow.failures import task_failures
-from hcodec_airflow.links import REPORT_URL_KEY, ValidationReportLink
+from hcodec_airflow.links import (
+    CARD_URL_KEY,
+    REPORT_URL_KEY,
+    DatasetCardLink,
+    ValidationReportLink,
+)
 from hcodec_airflow.locking import kept_alive
 
 if TYPE_CHECKING:
@@ -208,8 +213,8 @@ class ValidateOperator(DatasetOperator):
 class PublishOperator(DatasetOperator):
     """Lets readers see the validated snapshot; the dataset's asset gets an event.
 
-    Returns dataset, version, numbers of files and rows, snapshot id and the like; the same is the
-    event's ``extra``.
+    Returns dataset, version, numbers of files and rows, snapshot id, URIs of report and card; the
+    same is the event's ``extra``. The version's dataset card is written and linked.
 
     Args:
         committed: What the commit task returned (templated).
@@ -217,6 +222,7 @@ class PublishOperator(DatasetOperator):
     """
 
     template_fields: Sequence[str] = ("lock", "committed", "report_uri")
+    operator_extra_links = (DatasetCardLink(),)
 
     def __init__(self, *, committed: Any, report_uri: Any, **kwargs: Any) -> None:
         """Keep where the descriptions come from."""
@@ -230,6 +236,7 @@ class PublishOperator(DatasetOperator):
         from hcodec_airflow import steps
 
         version = steps.publish(self.committed, self.report_uri)
+        context["ti"].xcom_push(key=CARD_URL_KEY, value=steps.browser_url(version["card_uri"]))
         self._tell(context, version)
         self._published = version
         return version

@@ -15,6 +15,7 @@ NAME_PATTERN = r"^[a-z](_?[a-z0-9])*_?$"
 NAME_LENGTH = 64
 URI_PATTERN = r"^(s3://[^/]+|file:///)"
 MAX_WORKERS = 256
+MAX_GAIN = 100.0
 
 _WHAT = "What"
 _HOW = "How"
@@ -58,6 +59,22 @@ FIELDS: dict[str, dict[str, Any]] = {
         "description": "Processes that encode at the same time. Tokens do not depend on it.",
         "section": _HOW,
     },
+    "backend": {
+        "type": ["null", "string"],
+        "enum": [None, "local", "kubernetes"],
+        "default": None,
+        "title": "Backend",
+        "description": "Where workers run. Empty: as the installation says.",
+        "section": _HOW,
+    },
+    "profile": {
+        "type": ["null", "string"],
+        "default": None,
+        "title": "GPU profile",
+        "description": "How worker pods look, by name in the installation's profiles. It decides "
+        "the compute class, which is part of the dataset's identity. Empty: the default profile.",
+        "section": _HOW,
+    },
     "mode": {
         "type": "string",
         "enum": ["exact", "fast"],
@@ -65,6 +82,35 @@ FIELDS: dict[str, dict[str, Any]] = {
         "title": "Mode",
         "description": "exact: the same tokens for the same audio, however the work is split. "
         "fast: quicker and another dataset; refused where the engine does not have it.",
+        "section": _HOW,
+    },
+    "channel": {
+        "type": "string",
+        "enum": ["mean", "first"],
+        "default": "mean",
+        "title": "Channel",
+        "description": "What becomes of audio with several channels: their mean, or the first. "
+        "Another rule gives other tokens, so it is another dataset table.",
+        "section": _HOW,
+    },
+    "gain": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": MAX_GAIN,
+        "default": 1.0,
+        "title": "Gain",
+        "description": "Factor on the samples before they are encoded. Another gain gives other "
+        "tokens, so it is another dataset table.",
+        "section": _HOW,
+    },
+    "threshold": {
+        "type": ["null", "number"],
+        "exclusiveMinimum": 0,
+        "maximum": 1,
+        "default": None,
+        "title": "Threshold",
+        "description": "Only for codecs whose frame rate adapts (H-Codec 1.5): frames more alike "
+        "than this become one token, so a higher one gives more tokens. Empty: the codec's own.",
         "section": _HOW,
     },
     "hours_per_shard": {

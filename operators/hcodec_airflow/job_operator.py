@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from hcodec_airflow.failures import task_failures
+from hcodec_airflow.links import (
+    LOGS_URL_KEY,
+    MANIFEST_URL_KEY,
+    JobManifestLink,
+    WorkerLogsLink,
+)
 from hcodec_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from hcodec_airflow.backends.base import Backend, JobRequest, WorkerResources
+    from hcodec_airflow.backends.base import Backend, JobRequest, TaskOrigin, WorkerResources
     from hcodec_airflow.progress import Progress
     from hcodec_airflow.settings import Settings
-    from hcodec_core.jobs import TokenizeJob
+    from hcodec_core.jobs import Job
 
 logger = logging.getLogger(__name__)
+_PROFILED = frozenset({"kubernetes", "trainjob"})
 
 
 class CodecJobOperator(BaseOperator):
@@ -38,16 +46,34 @@ class CodecJobOperator(BaseOperator):
     Args:
         job: URI of the job document (templated).
         backend: Where workers run; empty: option ``backend`` of section ``[hcodec]`` (templated).
-        workers: How many (templated, so it may be text).
-        device: Torch device of a worker; None: option ``local_device``.
-        threads: CPU threads of a worker; None: option ``local_threads``.
-        decoders: Decoding processes of a worker; None: option ``local_decoders``.
+        workers: How many; with ``processes_per_node`` nodes (templated, so it may be text).
+        profile: GPU profile of backends kubernetes and trainjob; empty: the default (templated).
+        pod_template: Merged into the pods of those by strategic merge; may not loosen their
+            security (templated).
+        processes_per_node: For training: torchrun starts so many on each node. 0: independent
+            workers.
+        device: Torch device of a worker; None: as profile or option ``local_device`` say.
+        threads: CPU threads of a worker; None: as profile or option ``local_threads`` say.
+        decoders: Decoding processes of a worker; None: as for threads.
         max_restarts: Starts of one worker after its first, per try.
+        queue_seconds: Limit until resources are given to the first worker; None: none.
+        startup_seconds: Limit from then until it runs.
+        run_seconds: Limit from its first start, restarts included; None: none. All three are
+            measured by the cluster's clock, and end the try with the workers stopped.
         lock: What the task ``lock`` returned, to keep the dataset's lock alive (templated).
         poll_seconds: Time between two looks at the storage.
     """
 
-    template_fields: Sequence[str] = ("job", "backend", "workers", "lock")
+    template_fields: Sequence[str] = (
+        "job",
+        "backend",
+        "workers",
+        "profile",
+        "pod_template",
+        "lock",
+    )
+    template_fields_renderers: ClassVar[dict[str, str]] = {"pod_template": "yaml"}
+    operator_extra_links = (WorkerLogsLink(), JobManifestLink())
     ui_color = "#d5e8f7"
 
     def __init__(
@@ -56,10 +82,16 @@ class CodecJobOperator(BaseOperator):
         job: str,
         backend: str = "",
         workers: int | str = 2,
+        profile: str = "",
+        pod_template: Mapping[str, Any] | None = None,
+        processes_per_node: int = 0,
         device: str | None = None,
         threads: int | None = None,
         decoders: int | None = None,
         max_restarts: int = 3,
+        queue_seconds: float | None = None,
+        startup_seconds: float | None = 1800.0,
+        run_seconds: float | None = None,
         lock: Any = None,
         poll_seconds: float = 3.0,
         **kwargs: Any,
@@ -69,10 +101,16 @@ class CodecJobOperator(BaseOperator):
         self.job = job
         self.backend = backend
         self.workers = workers
+        self.profile = profile
+        self.pod_template = pod_template
+        self.processes_per_node = processes_per_node
         self.device = device
         self.threads = threads
         self.decoders = decoders
         self.max_restarts = max_restarts
+        self.queue_seconds = queue_seconds
+        self.startup_seconds = startup_seconds
+        self.run_seconds = run_seconds
         self.lock = lock
         self.poll_seconds = poll_seconds
         self._submitted: tuple[Backend, JobRequest, str] | None = None
@@ -84,8 +122,8 @@ class CodecJobOperator(BaseOperator):
 
             settings = read_settings()
             job = self._read_job(settings)
-            request = self._request(job, settings)
             name = self._backend_name(settings)
+            request = self._request(job, settings, name, _origin_of(context))
             progress = self._progress(job, settings)
             if progress.num_shards_done >= job.num_shards:
                 logger.info("All %d shards are accounted for already.", job.num_shards)
@@ -103,6 +141,24 @@ class CodecJobOperator(BaseOperator):
         kind = AirflowException if event["is_retryable"] else AirflowFailException
         raise kind(f"Job {event['state']}: {event['message']}")
 
+    def dry_run(self) -> None:
+        """Print what would be submitted, as YAML; needs the job document, but no cluster."""
+        from hcodec_airflow.backends import open_backend
+        from hcodec_airflow.backends.base import TaskOrigin
+        from hcodec_airflow.settings import read_settings
+
+        settings = read_settings()
+        name = self._backend_name(settings)
+        origin = TaskOrigin(self.dag_id, "<run>", self.task_id)
+        request = self._request(self._read_job(settings), settings, name, origin)
+        sys.stdout.write(open_backend(name, settings, is_offline=True).manifest(request))
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """For Airflow's OpenLineage provider: which job document was run, by which backend."""
+        from hcodec_airflow.lineage import lineage_of_job
+
+        return lineage_of_job(str(self.job))
+
     def on_kill(self) -> None:
         """Stop the workers that this try has just started or adopted."""
         if self._submitted is not None:
@@ -119,6 +175,20 @@ class CodecJobOperator(BaseOperator):
         self._submitted = (backend, request, owner)
         logger.info("Job %s: submitted to backend %s", request.name, name)
         backend.submit_or_adopt(request, owner)
+        self._push_links(request, context, settings)
+
+    def _push_links(self, request: JobRequest, context: Context, settings: Settings) -> None:
+        """Addresses for the buttons; they hold for all restarts of the try."""
+        from hcodec_airflow.backends.ownership import Ownership, manifest_uri
+        from hcodec_airflow.logs_page import PAGE, logs_uri
+        from hcodec_core.storage import join_uri
+
+        page_uri = join_uri(logs_uri(request.plan_uri), PAGE)
+        context["ti"].xcom_push(key=LOGS_URL_KEY, value=settings.browser_url(page_uri))
+        generation = Ownership(settings.open_storage(), request).last_generation()
+        if generation >= 0:
+            url = settings.browser_url(manifest_uri(request, generation))
+            context["ti"].xcom_push(key=MANIFEST_URL_KEY, value=url)
 
     def _refuse_split_hosts(self) -> None:
         from airflow.sdk import conf
@@ -127,7 +197,7 @@ class CodecJobOperator(BaseOperator):
 
         refuse_remote_executor(self.executor or conf.get("core", "executor"))
 
-    def _wait(self, name: str, request: JobRequest, job: TokenizeJob, owner: str) -> None:
+    def _wait(self, name: str, request: JobRequest, job: Job, owner: str) -> None:
         from hcodec_airflow.triggers import CodecJobTrigger, request_as_values
 
         trigger = CodecJobTrigger(
@@ -146,7 +216,7 @@ class CodecJobOperator(BaseOperator):
         return {"job_uri": self.job, **{name: progress[name] for name in names}}
 
     @staticmethod
-    def _progress(job: TokenizeJob, settings: Settings) -> Progress:
+    def _progress(job: Job, settings: Settings) -> Progress:
         from hcodec_airflow.progress import JobSize, ProgressReader, add_totals
 
         progress = ProgressReader(settings.open_storage(), job.plan_uri).read()
@@ -154,32 +224,45 @@ class CodecJobOperator(BaseOperator):
         size = JobSize(job.num_shards, job.num_files)
         return add_totals(progress, size) if is_done else progress
 
-    def _read_job(self, settings: Settings) -> TokenizeJob:
-        from hcodec_core.jobs import read_job
+    def _read_job(self, settings: Settings) -> Job:
+        from hcodec_core.jobs import read_any_job
 
-        return read_job(settings.open_storage().read(self.job))
+        return read_any_job(settings.open_storage().read(self.job))
 
-    def _request(self, job: TokenizeJob, settings: Settings) -> JobRequest:
-        from hcodec_airflow.backends.base import JobRequest
+    def _request(
+        self, job: Job, settings: Settings, backend: str, origin: TaskOrigin
+    ) -> JobRequest:
+        from hcodec_airflow.backends.base import JobRequest, Timeouts
 
+        wanted = self._num_workers()
         return JobRequest(
             # One set of workers per plan, whichever try or run asks for it.
             name=f"{job.kind}-{job.plan_id}",
             job_uri=self.job,
             plan_uri=job.plan_uri,
-            num_workers=min(self._num_workers(), max(job.num_shards, 1)),
-            resources=self._resources(settings),
+            num_workers=wanted if self.processes_per_node else min(wanted, max(job.num_shards, 1)),
+            resources=self._resources(settings, backend),
             max_restarts=self.max_restarts,
             lease_seconds=job.lease_seconds,
+            profile=str(self.profile or ""),
+            pod_template=dict(self.pod_template or {}),
+            processes_per_node=self.processes_per_node,
+            timeouts=Timeouts(self.queue_seconds, self.startup_seconds, self.run_seconds),
+            origin=origin,
         )
 
-    def _resources(self, settings: Settings) -> WorkerResources:
+    def _resources(self, settings: Settings, backend: str) -> WorkerResources:
         from hcodec_airflow.backends.base import WorkerResources
 
+        if backend in _PROFILED:
+            profile = settings.load_cluster_config().profile(self.profile)
+            usual = (profile.torch_device, profile.threads, profile.decoders)
+        else:
+            usual = (settings.local_device, settings.local_threads, settings.local_decoders)
         return WorkerResources(
-            device=self.device or settings.local_device,
-            threads=self.threads or settings.local_threads,
-            decoders=self.decoders or settings.local_decoders,
+            device=self.device or usual[0],
+            threads=self.threads or usual[1],
+            decoders=self.decoders or usual[2],
         )
 
     def _num_workers(self) -> int:
@@ -206,3 +289,11 @@ class CodecJobOperator(BaseOperator):
 
         with task_failures():
             open_backend(backend, read_settings()).kill(request_from(values), owner)
+
+
+def _origin_of(context: Context) -> TaskOrigin:
+    from hcodec_airflow.backends.base import TaskOrigin
+
+    task = context["ti"]
+    index = -1 if task.map_index is None else task.map_index
+    return TaskOrigin(task.dag_id, task.run_id, task.task_id, index)

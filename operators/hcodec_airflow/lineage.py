@@ -1,11 +1,14 @@
-"""OpenLineage: which audio and which codec a published version of tokens was made from.
+"""OpenLineage: audio and codec -> a version of tokens -> the model that was trained on it.
 
-Only Airflow's OpenLineage provider calls this, and only where it is installed and switched on.
+Events join by names: whatever reads tokens or codecs names them with ``token_dataset`` and
+``codec_dataset``, as whatever writes them does. Only Airflow's OpenLineage provider calls this, and
+only where it is installed and switched on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +19,57 @@ if TYPE_CHECKING:
     from hcodec_core.jobs import TokenizeJob
 
 CODEC_NAMESPACE = "hcodec-codecs"
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """How OpenLineage knows something: ``version`` tells two states of it apart."""
+
+    namespace: str
+    name: str
+    version: str
+
+
+def token_dataset(table_uri: str, version: str, snapshot_id: int) -> NamedDataset:
+    """A version of tokens, by the folder of its table (``DatasetLayout.table_uri``)."""
+    return NamedDataset(*_named(table_uri), f"{version} (snapshot {snapshot_id})")
+
+
+def codec_dataset(name: str, digest: str) -> NamedDataset:
+    """A codec, by its manifest's name; its version is the manifest's digest."""
+    return NamedDataset(CODEC_NAMESPACE, name, digest)
+
+
+def lineage_of_training(
+    trained_on: Sequence[NamedDataset],
+    model: NamedDataset,
+    started_from: NamedDataset | None = None,
+) -> OperatorLineage[Any, Any]:
+    """Versions of tokens (and the codec that training started from) in, the trained codec out."""
+    from airflow.providers.openlineage.extractors import OperatorLineage
+    from openlineage.client.event_v2 import InputDataset, OutputDataset
+
+    bases = [] if started_from is None else [started_from]
+    inputs = [
+        *(InputDataset(d.namespace, d.name, facets=_version(d)) for d in trained_on),
+        *(InputDataset(d.namespace, d.name, facets=_of_model(d)) for d in bases),
+    ]
+    output = OutputDataset(model.namespace, model.name, facets=_of_model(model))
+    return OperatorLineage(inputs=inputs, outputs=[output])
+
+
+def _version(dataset: NamedDataset) -> dict[str, Any]:
+    from openlineage.client.facet_v2 import dataset_version_dataset
+
+    facet = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=dataset.version)
+    return {"version": facet}
+
+
+def _of_model(dataset: NamedDataset) -> dict[str, Any]:
+    from openlineage.client.facet_v2 import dataset_type_dataset
+
+    kind = dataset_type_dataset.DatasetTypeDatasetFacet(datasetType="MODEL")
+    return {**_version(dataset), "datasetType": kind}
 
 
 def lineage_of_publish(plan_uri: str, version: Mapping[str, Any]) -> OperatorLineage[Any, Any]:
@@ -37,6 +91,17 @@ def lineage_of_publish(plan_uri: str, version: Mapping[str, Any]) -> OperatorLin
         inputs=[*(_source(uri, plan) for uri in plan.sources), _codec(job)],
         outputs=[_tokens(layout.table_uri, version, job)],
     )
+
+
+def lineage_of_job(job_uri: str) -> OperatorLineage[Any, Any]:
+    """The codec of a tokenise job as input; what came of it is told when it is published."""
+    from airflow.providers.openlineage.extractors import OperatorLineage
+
+    from hcodec_airflow.settings import read_settings
+    from hcodec_core.jobs import TokenizeJob, read_any_job
+
+    job = read_any_job(read_settings().open_storage().read(job_uri))
+    return OperatorLineage(inputs=[_codec(job)] if isinstance(job, TokenizeJob) else [])
 
 
 def _named(uri: str) -> tuple[str, str]:
@@ -71,24 +136,14 @@ def _source(uri: str, plan: Plan) -> InputDataset:
 
 def _codec(job: TokenizeJob) -> InputDataset:
     from openlineage.client.event_v2 import InputDataset
-    from openlineage.client.facet_v2 import dataset_type_dataset, dataset_version_dataset
 
-    return InputDataset(
-        CODEC_NAMESPACE,
-        job.manifest.name,
-        facets={
-            "version": dataset_version_dataset.DatasetVersionDatasetFacet(
-                datasetVersion=job.manifest.digest
-            ),
-            "datasetType": dataset_type_dataset.DatasetTypeDatasetFacet(datasetType="MODEL"),
-        },
-    )
+    codec = codec_dataset(job.manifest.name, job.manifest.digest)
+    return InputDataset(codec.namespace, codec.name, facets=_of_model(codec))
 
 
 def _tokens(table_uri: str, version: Mapping[str, Any], job: TokenizeJob) -> OutputDataset:
     from openlineage.client.event_v2 import OutputDataset
     from openlineage.client.facet_v2 import (
-        dataset_version_dataset,
         output_statistics_output_dataset,
         schema_dataset,
         symlinks_dataset,
@@ -96,24 +151,22 @@ def _tokens(table_uri: str, version: Mapping[str, Any], job: TokenizeJob) -> Out
 
     from hcodec_core.dataset.schema import columns_of
 
-    namespace, name = _named(table_uri)
+    tokens = token_dataset(table_uri, version["version"], version["snapshot_id"])
     fields = [
         schema_dataset.SchemaDatasetFacetFields(column.name, column.kind, column.doc)
         for column in columns_of(job.manifest)
     ]
-    table = symlinks_dataset.Identifier(namespace, str(version["table"]), "TABLE")
+    table = symlinks_dataset.Identifier(tokens.namespace, str(version["table"]), "TABLE")
     statistics = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
         rowCount=version["num_rows"]
     )
     return OutputDataset(
-        namespace,
-        name,
+        tokens.namespace,
+        tokens.name,
         outputFacets={"outputStatistics": statistics},
         facets={
+            **_version(tokens),
             "schema": schema_dataset.SchemaDatasetFacet(fields=fields),
             "symlinks": symlinks_dataset.SymlinksDatasetFacet(identifiers=[table]),
-            "version": dataset_version_dataset.DatasetVersionDatasetFacet(
-                datasetVersion=f"{version['version']} (snapshot {version['snapshot_id']})"
-            ),
         },
     )

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
 
 REPORT_URL_KEY = "report_url"
+CARD_URL_KEY = "card_url"
+LOGS_URL_KEY = "logs_url"
+MANIFEST_URL_KEY = "manifest_url"
 
 
 class ValidationReportLink(BaseOperatorLink):
@@ -26,3 +29,50 @@ class ValidationReportLink(BaseOperatorLink):
         from airflow.sdk.execution_time.xcom import XCom
 
         return str(XCom.get_value(key=REPORT_URL_KEY, ti_key=ti_key) or "")
+
+
+class WorkerLogsLink(BaseOperatorLink):
+    """Leads to the page of all workers' logs, written when the job is over."""
+
+    @property
+    def name(self) -> str:
+        """Text of the button."""
+        return "Worker logs"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """Address of the page, empty when no worker was started."""
+        return _pushed(LOGS_URL_KEY, ti_key)
+
+
+class JobManifestLink(BaseOperatorLink):
+    """Leads to what was submitted to Kubernetes, as YAML."""
+
+    @property
+    def name(self) -> str:
+        """Text of the button."""
+        return "Job manifest"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """Address of the manifest, empty for workers elsewhere."""
+        return _pushed(MANIFEST_URL_KEY, ti_key)
+
+
+def _pushed(key: str, ti_key: TaskInstanceKey) -> str:
+    from airflow.sdk.execution_time.xcom import XCom
+
+    return str(XCom.get_value(key=key, ti_key=ti_key) or "")
+
+
+class DatasetCardLink(BaseOperatorLink):
+    """Leads to the dataset card of the version that was published."""
+
+    @property
+    def name(self) -> str:
+        """Text of the button."""
+        return "Dataset card"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """Address of the page, empty when nothing was published."""
+        from airflow.sdk.execution_time.xcom import XCom
+
+        return str(XCom.get_value(key=CARD_URL_KEY, ti_key=ti_key) or "")

@@ -91,6 +91,8 @@ def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
         task_id="tokenize",
         job="{{ ti.xcom_pull('plan')['job_uri'] }}",
         workers="{{ params.workers }}",
+        backend=_chosen("backend", fixed),
+        profile=_chosen("profile", fixed),
         lock=held,
     )
     commit = CommitOperator(task_id="commit", lock=held, plan="{{ ti.xcom_pull('plan') }}")
@@ -105,6 +107,11 @@ def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
     release = ReleaseLockOperator(task_id="release", lock=held)
     release.as_teardown(setups=lock)
     lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release
+
+
+def _chosen(name: str, fixed: Mapping[str, Any]) -> str:
+    """An entry that a declaration fixes, or else the form's; empty for the installation's."""
+    return str(fixed[name] or "") if name in fixed else f"{{{{ params.{name} or '' }}}}"
 
 
 def corpus_dag() -> DAG:

@@ -17,9 +17,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "",
     },
     "backend": {
-        "description": "Where workers run unless a DAG says otherwise. This version has: local.",
+        "description": "Where workers run unless a DAG says otherwise: local, kubernetes, "
+        "trainjob.",
         "type": "string",
         "default": "local",
+    },
+    "kubernetes_file": {
+        "description": "Path of the TOML file with namespace, connection and GPU profiles of the "
+        "backends kubernetes and trainjob (see docs/kubernetes.md).",
+        "type": "string",
+        "default": "",
     },
     "local_device": {
         "description": "Torch device of local workers: cpu, cuda, cuda:0.",
@@ -52,7 +59,39 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-EXTRA_LINKS = ("hcodec_airflow.links.ValidationReportLink",)
+EXTRA_LINKS = (
+    "hcodec_airflow.links.ValidationReportLink",
+    "hcodec_airflow.links.DatasetCardLink",
+    "hcodec_airflow.links.WorkerLogsLink",
+    "hcodec_airflow.links.JobManifestLink",
+)
+
+_TEXT = {"type": ["string", "null"]}
+_CONNECTION: dict[str, Any] = {
+    "connection-type": "hcodec_kubernetes",
+    "hook-class-name": "hcodec_airflow.kubernetes.connection.HCodecKubernetesHook",
+    "hook-name": "H-Codec on Kubernetes",
+    "ui-field-behaviour": {
+        "hidden-fields": ["host", "schema", "login", "password", "port", "extra"],
+    },
+    "conn-fields": {
+        "in_cluster": {
+            "label": "Use the account of Airflow's own pods",
+            "schema": {"type": ["boolean", "null"]},
+        },
+        "kube_config_path": {"label": "Path of a kubeconfig file", "schema": _TEXT},
+        "kube_config": {
+            "label": "Kubeconfig (JSON)",
+            "schema": {"type": ["string", "null"], "format": "password"},
+        },
+        "cluster_context": {"label": "Context of the kubeconfig", "schema": _TEXT},
+        "namespace": {
+            "label": "Namespace of the workers",
+            "description": "Empty: as the file of option kubernetes_file says.",
+            "schema": _TEXT,
+        },
+    },
+}
 
 
 def get_provider_info() -> dict[str, Any]:
@@ -62,6 +101,7 @@ def get_provider_info() -> dict[str, Any]:
         "name": "H-Codec Pipelines",
         "description": "Audio corpora as tokens: versioned, checked, reproducible.",
         "extra-links": list(EXTRA_LINKS),
+        "connection-types": [_CONNECTION],
         "config": {
             SECTION: {
                 "description": "What an installation sets for all H-Codec DAGs.",

@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from hcodec_airflow.forms import MAX_WORKERS, NAME_LENGTH, NAME_PATTERN, URI_PATTERN
+from hcodec_airflow.forms import (
+    MAX_GAIN,
+    MAX_WORKERS,
+    NAME_LENGTH,
+    NAME_PATTERN,
+    URI_PATTERN,
+)
 from hcodec_core.config import describe
 from hcodec_core.errors import ConfigError
 
@@ -25,7 +31,12 @@ class _Work(_Document):
     sources: tuple[SourceUri, ...] = Field(min_length=1)
     codec: str = Field(default="hcodec-nano", min_length=1)
     mode: Literal["exact", "fast"] = "exact"
+    channel: Literal["mean", "first"] = "mean"
+    gain: float = Field(default=1.0, gt=0, le=MAX_GAIN)
+    threshold: float | None = Field(default=None, gt=0, le=1)
     workers: int = Field(default=2, ge=1, le=MAX_WORKERS)
+    backend: Literal["local", "kubernetes"] | None = None
+    profile: str | None = None
     hours_per_shard: float = Field(default=1.0, gt=0)
     shards: int | None = Field(default=None, ge=1)
     max_hours_per_version: float | None = Field(default=None, gt=0)
@@ -38,7 +49,8 @@ class TokenizeRequest(_Work):
     """One run of the pipeline; the entries are those of ``hcodec_core.dataset.plan.PlanRequest``.
 
     ``max_bad_share``: share of files that may be quarantined. ``shards``: their number, in place of
-    ``hours_per_shard``.
+    ``hours_per_shard``. ``backend``, ``profile``: where workers run and how their pods look; None:
+    as the installation says.
     """
 
     dataset: DatasetName

@@ -15,6 +15,7 @@ from hcodec_airflow.provider import OPTIONS, SECTION
 from hcodec_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hcodec_airflow.kubernetes.profiles import ClusterConfig
     from hcodec_core.config import Config
     from hcodec_core.storage import Storage
 
@@ -30,6 +31,19 @@ class Settings:
     local_decoders: int
     local_state_path: Path
     report_base_url: str
+    kubernetes_file: str = ""
+
+    def load_cluster_config(self) -> ClusterConfig:
+        """Namespace, connection and GPU profiles. Raises ``ConfigError`` naming file and entry."""
+        from hcodec_airflow.kubernetes.profiles import load_cluster_config
+
+        if not self.kubernetes_file:
+            raise ConfigError(
+                "No GPU profiles are configured: set kubernetes_file in section [hcodec], or "
+                "AIRFLOW__HCODEC__KUBERNETES_FILE, to the path of the TOML file (see "
+                "docs/kubernetes.md)."
+            )
+        return load_cluster_config(Path(self.kubernetes_file))
 
     def load_config(self) -> Config:
         """The product's configuration. Raises ``ConfigError`` naming the file and the entry."""
@@ -68,6 +82,7 @@ def read_settings() -> Settings:
         local_decoders=_positive("local_decoders"),
         local_state_path=Path(_text("local_state_dir") or _default_state_path()),
         report_base_url=_text("report_base_url"),
+        kubernetes_file=_text("kubernetes_file"),
     )
 
 

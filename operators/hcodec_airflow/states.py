@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from hcodec_airflow.backends.base import Observation, Phase
+from hcodec_airflow.backends.base import Observation, Phase, Timeouts
 from hcodec_core.errors import EXIT_BAD_CONFIG
 
 
@@ -61,9 +61,25 @@ def judge(observation: Observation, *, is_accounted: bool, max_restarts: int) ->
         return JobState.RUNNING
     if observation.phase is Phase.QUEUED:
         return JobState.QUEUED
-    if observation.workers and not can_restart(observation, max_restarts):
+    has_ended = observation.phase is Phase.ENDED and bool(observation.workers)
+    if has_ended and not can_restart(observation, max_restarts):
         return JobState.FAILED
     return JobState.SCHEDULING
+
+
+def overdue(observation: Observation, timeouts: Timeouts) -> str:
+    """Which time-out has passed, in one clause; empty when none has."""
+    times = observation.times
+    limits = (
+        (times.queued_seconds, timeouts.queue_seconds, "No worker was given resources"),
+        (times.starting_seconds, timeouts.startup_seconds, "No worker started"),
+        (times.running_seconds, timeouts.run_seconds, "The workers were not done"),
+    )
+    for seconds, limit, what in limits:
+        if seconds is not None and limit is not None and seconds > limit:
+            reason = f" ({observation.reason})" if observation.reason else ""
+            return f"{what} within {limit:.0f} s{reason}"
+    return ""
 
 
 def can_restart(observation: Observation, max_restarts: int) -> bool:

@@ -150,7 +150,13 @@ def _plan_request(
         inventory_uri=inventory_uri,
         codec_uri=request.codec,
         manifest=manifest,
-        settings=EncodeSettings(mode=request.mode, compute_class=compute_class(settings)),
+        settings=EncodeSettings(
+            mode=request.mode,
+            channel=request.channel,
+            gain=request.gain,
+            threshold=request.threshold,
+            compute_class=compute_class_of(request, settings),
+        ),
         hours_per_shard=request.hours_per_shard,
         num_shards=request.shards,
         max_hours_per_version=request.max_hours_per_version,
@@ -235,8 +241,22 @@ def publish(committed: dict[str, Any], report_uri: str) -> dict[str, Any]:
             report_uri = report.uri
             continue
         logger.info("Dataset %s is now at version %s.", record.dataset, record.version)
-        return _facts_of(record)
+        return {**_facts_of(record), "card_uri": _write_card(config, storage, record)}
     raise CommitConflictError("Other versions were published first again and again; try again.")
+
+
+def _write_card(config: Config, storage: Storage, record: VersionRecord) -> str:
+    from hcodec_core.dataset.card import card_page_uri, write_card
+    from hcodec_core.dataset.layout import DatasetLayout
+
+    layout = DatasetLayout(config, record.dataset, record.encode_id)
+    write_card(storage, layout, record.version)
+    return card_page_uri(layout, record.version)
+
+
+def browser_url(uri: str) -> str:
+    """Address of a stored object for a browser, as the installation says."""
+    return read_settings().browser_url(uri)
 
 
 def _facts_of(record: VersionRecord) -> dict[str, Any]:
@@ -256,6 +276,22 @@ def _facts_of(record: VersionRecord) -> dict[str, Any]:
         "num_remaining_files": record.num_remaining_files,
         "report_uri": record.report_uri,
     }
+
+
+def compute_class_of(request: TokenizeRequest, settings: Settings) -> str:
+    """Compute class of the workers that a request is for.
+
+    Raises ``ConfigError`` when it is not known: tokens could then not be told apart from others.
+    """
+    if (request.backend or settings.backend) == "local":
+        return compute_class(settings)
+    profile = settings.load_cluster_config().profile(request.profile or "")
+    if not profile.compute_class:
+        raise ConfigError(
+            f"GPU profile {request.profile or 'default'} names no compute_class: run `hcodec env` "
+            "in its image on its device, and write what it prints into the profile."
+        )
+    return profile.compute_class
 
 
 def compute_class(settings: Settings) -> str:

@@ -12,7 +12,13 @@ from typing import Any
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from hcodec_airflow.backends import open_backend
-from hcodec_airflow.backends.base import JobRequest, WorkerResources
+from hcodec_airflow.backends.base import (
+    Backend,
+    JobRequest,
+    TaskOrigin,
+    Timeouts,
+    WorkerResources,
+)
 from hcodec_airflow.locking import LockWait, renewer
 from hcodec_airflow.progress import JobSize, ProgressReader
 from hcodec_airflow.settings import read_settings
@@ -87,18 +93,20 @@ class CodecJobTrigger(BaseTrigger):
         logger.info("Workers stopped." if killed else "The workers belong to a newer try.")
 
     async def _watch(self) -> Verdict:
-        watch = await asyncio.to_thread(self._make_watch)
-        while True:
-            verdict = await asyncio.to_thread(watch.step)
-            if verdict is not None:
-                return verdict
-            await asyncio.sleep(self.poll_seconds)
-
-    def _make_watch(self) -> JobWatch:
-        settings = read_settings()
         request = request_from(self.request)
-        return JobWatch(
-            open_backend(self.backend, settings),
+        backend, watch = await asyncio.to_thread(self._make_watch, request)
+        async with backend.following(request):
+            while True:
+                verdict = await asyncio.to_thread(watch.step)
+                if verdict is not None:
+                    return verdict
+                await asyncio.sleep(self.poll_seconds)
+
+    def _make_watch(self, request: JobRequest) -> tuple[Backend, JobWatch]:
+        settings = read_settings()
+        backend = open_backend(self.backend, settings)
+        return backend, JobWatch(
+            backend,
             ProgressReader(settings.open_storage(), request.plan_uri),
             request,
             self.owner,
@@ -174,4 +182,6 @@ def request_as_values(request: JobRequest) -> dict[str, Any]:
 
 def request_from(values: dict[str, Any]) -> JobRequest:
     """The request that ``request_as_values`` was given."""
-    return JobRequest(**{**values, "resources": WorkerResources(**values["resources"])})
+    nested = {"resources": WorkerResources, "timeouts": Timeouts, "origin": TaskOrigin}
+    made = {name: kind(**values[name]) for name, kind in nested.items() if name in values}
+    return JobRequest(**{**values, **made})

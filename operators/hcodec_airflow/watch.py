@@ -11,15 +11,18 @@ from dataclasses import asdict, dataclass, field
 
 from hcodec_airflow.backends.base import Backend, JobRequest, Observation, Worker
 from hcodec_airflow.progress import JobSize, Progress, ProgressMeter, ProgressReader, add_totals
-from hcodec_airflow.states import JobState, JobStateMachine, can_restart, judge
-from hcodec_core.errors import EXIT_BAD_CONFIG, StorageError
+from hcodec_airflow.states import JobState, JobStateMachine, can_restart, judge, overdue
+from hcodec_core.errors import EXIT_BAD_CONFIG, ClusterError, HCodecError, StorageError
 
 logger = logging.getLogger(__name__)
 
 MAX_LOG_LINES = 20
 MAX_LINE_LENGTH = 400
-ENDING_GRACE_SECONDS = 5.0
+MAX_SHOWN_LOGS = 8
+ENDING_GRACE_SECONDS = 15.0
 STORAGE_PATIENCE_SECONDS = 600.0
+REASON_SECONDS = 15.0
+_REMARK_SECONDS = 30.0
 _ENDING_POLL_SECONDS = 0.5
 
 
@@ -71,7 +74,10 @@ class JobWatch:
         self._pace = pace or Pace()
         self._machine = JobStateMachine()
         self._meter = ProgressMeter(size)
-        self._told_ends: set[tuple[int, int]] = set()
+        self._told_ends: set[tuple[str, int, int]] = set()
+        self._told_reason = ""
+        self._next_reason = 0.0
+        self._next_remark = 0.0
         self._next_report = 0.0
         self._next_renewal = 0.0
         self._storage_failed_since: float | None = None
@@ -84,12 +90,12 @@ class JobWatch:
     def step(self) -> Verdict | None:
         """Look once, start ended workers again, report; a verdict when the job is over.
 
-        Storage that does not answer is waited for. Raises other errors of backend and storage.
+        Storage or cluster that do not answer are waited for. Raises other errors of both.
         """
         try:
             verdict = self._step()
-        except StorageError as error:
-            return self._wait_for_storage(error)
+        except (StorageError, ClusterError) as error:
+            return self._wait_for_answers(error)
         self._storage_failed_since = None
         return verdict
 
@@ -103,15 +109,27 @@ class JobWatch:
             is_accounted=progress.num_shards_done >= self._size.num_shards,
             max_restarts=self._request.max_restarts,
         )
+        late = "" if state.is_final else overdue(observation, self._request.timeouts)
+        state = JobState.FAILED if late else state
         self._tell_ends(observation)
-        if self._machine.move(state):
-            logger.info("Job %s: %s", self._request.name, self._describe(observation))
+        self._tell_state(state, observation)
         if state.is_final:
-            return self._conclude(state, observation, progress)
+            return self._conclude(state, observation, progress, late)
+        self._backend.tend(self._request, self._owner)
         if can_restart(observation, self._request.max_restarts):
             self._backend.restart_ended(self._request, self._owner)
         self._report_if_due(progress, observation)
         return None
+
+    def _tell_state(self, state: JobState, observation: Observation) -> None:
+        """Log a new state, and while nothing runs why, whenever that changes."""
+        now = time.monotonic()
+        has_moved = self._machine.move(state)
+        is_news = observation.reason != self._told_reason and now >= self._next_reason
+        if has_moved or (is_news and observation.reason and state is not JobState.RUNNING):
+            logger.info("Job %s: %s", self._request.name, self._describe(observation))
+            self._told_reason = observation.reason
+            self._next_reason = now + REASON_SECONDS
 
     def _describe(self, observation: Observation) -> str:
         state = self._machine.state
@@ -137,26 +155,40 @@ class JobWatch:
 
     def _tell_ends(self, observation: Observation) -> None:
         for worker in observation.workers:
-            key = (worker.index, worker.num_starts)
+            key = (worker.name, worker.index, worker.num_starts)
             if worker.is_alive or worker.exit_code == 0 or key in self._told_ends:
                 continue
             self._told_ends.add(key)
-            logger.warning("Worker %d %s; its last lines:", worker.index, _ending(worker.exit_code))
+            name = f"{worker.index} ({worker.name})" if worker.name else str(worker.index)
+            ending = worker.note or _ending(worker.exit_code)
+            logger.warning("Worker %s %s; its last lines:", name, ending)
             for line in self._tail(worker):
                 logger.warning("worker %d | %s", worker.index, line)
 
     def _tail(self, worker: Worker) -> list[str]:
-        lines = self._backend.logs(self._request, worker.index, MAX_LOG_LINES)
+        lines = self._backend.logs(self._request, worker, MAX_LOG_LINES)
         return [readable(line)[:MAX_LINE_LENGTH] for line in lines]
 
-    def _conclude(self, state: JobState, observation: Observation, progress: Progress) -> Verdict:
-        if state is JobState.DONE:
+    def _conclude(
+        self, state: JobState, observation: Observation, progress: Progress, late: str
+    ) -> Verdict:
+        if state is not JobState.DONE:
+            # First, for it quotes a log that may go with its worker.
+            verdict = self._verdict(state, observation, progress, late)
+            self._stop_and_keep_logs()
+            return verdict
+        try:
             self._await_end()
-            progress = add_totals(progress, self._size)
-        self._backend.kill(self._request, self._owner)
-        uris = self._backend.archive_logs(self._request)
-        logger.info("Logs of %d workers are kept: %s", len(uris), ", ".join(uris) or "none")
-        return self._verdict(state, observation, progress)
+            self._stop_and_keep_logs()
+        except HCodecError as error:
+            # Results are what counts; workers that find all done end by themselves.
+            logger.warning("%s What is left of the workers is left to itself.", error)
+        return self._verdict(state, observation, add_totals(progress, self._size))
+
+    def _stop_and_keep_logs(self) -> None:
+        uris = self._backend.conclude(self._request, self._owner)
+        shown = ", ".join(uris[:MAX_SHOWN_LOGS]) or "none"
+        logger.info("Logs of %d workers are kept: %s", len(uris), shown)
 
     def _await_end(self) -> None:
         """Give workers time to see for themselves that nothing is left to do."""
@@ -166,16 +198,20 @@ class JobWatch:
                 return
             time.sleep(_ENDING_POLL_SECONDS)
 
-    def _verdict(self, state: JobState, observation: Observation, progress: Progress) -> Verdict:
+    def _verdict(
+        self, state: JobState, observation: Observation, progress: Progress, late: str = ""
+    ) -> Verdict:
         done, total = progress.num_shards_done, self._size.num_shards
         if state is JobState.DONE:
             return Verdict(state, f"All {total} shards are accounted for.", progress=progress)
         if state is JobState.KILLED:
             message = f"The workers were stopped on request, {done} of {total} shards done."
             return Verdict(state, message, progress=progress)
+        if late:
+            return Verdict(state, f"{late}, {done} of {total} shards done.", progress=progress)
         refused = [w for w in observation.workers if w.exit_code == EXIT_BAD_CONFIG]
         if refused:
-            sentence = last_sentence(self._backend.logs(self._request, refused[0].index, 1))
+            sentence = last_sentence(self._backend.logs(self._request, refused[0], 1))
             message = f"Worker {refused[0].index} refused the job: {sentence}"
             return Verdict(state, message, is_retryable=False, progress=progress)
         message = (
@@ -184,12 +220,14 @@ class JobWatch:
         )
         return Verdict(state, message, progress=progress)
 
-    def _wait_for_storage(self, error: StorageError) -> Verdict | None:
+    def _wait_for_answers(self, error: HCodecError) -> Verdict | None:
         now = time.monotonic()
         if self._storage_failed_since is None:
             self._storage_failed_since = now
         if now - self._storage_failed_since < STORAGE_PATIENCE_SECONDS:
-            logger.warning("%s Workers go on; looking again.", error)
+            if now >= self._next_remark:
+                self._next_remark = now + _REMARK_SECONDS
+                logger.warning("%s Workers go on; looking again.", error)
             return None
         # Workers are left alone: the next try adopts them.
         return Verdict(JobState.FAILED, f"{error} It did not answer for ten minutes.")

@@ -9,33 +9,36 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from hcodec_core.codecs import load_manifest
 from hcodec_core.config import Config, load_config
 from hcodec_core.dataset.inventory import take_inventory
 from hcodec_core.dataset.layout import DatasetLayout
-from hcodec_core.dataset.maintenance import expire_snapshots, sweep_orphans
 from hcodec_core.dataset.plan import Plan, PlanRequest, make_plan
 from hcodec_core.dataset.plan_documents import BadFileBudget
-from hcodec_core.dataset.quarantine import read_quarantine
-from hcodec_core.dataset.schema import audio_id_of
-from hcodec_core.dataset.table import ensure_table, load_table, main_snapshot_id
-from hcodec_core.dataset.tabular import list_folder
+from hcodec_core.dataset.table import ensure_table
 from hcodec_core.inference.engine import compute_class
 from hcodec_core.jobs import JOB_FILE, read_job
 from hcodec_core.storage import Storage, join_uri, open_storage
 from hcodec_core.tokens import CodecSpec, EncodeSettings, ShapeRule
-from tests.chaos import steps
+from tests.chaos import clocks, steps
+from tests.chaos.books import Bookkeeper, Books, Row
+from tests.chaos.clocks import JumpingClock
+from tests.chaos.patience import (
+    STILL_SECONDS,
+    NotHereError,
+    NotHitError,
+    patiently,
+    wait_until,
+)
 from tests.chaos.proxy import Trap, TrapProxy
 from tests.inference.plans import wav
 
@@ -53,7 +56,7 @@ work_uri = "{root}/out/work"
 """
 NUM_CLIPS = 20
 LEASE_SECONDS = 3.0
-_BOOKKEEPING = ("shard_id", "plan_id", "worker_build")
+MAX_ATTEMPTS = 30
 _PRELOADED = (
     "tests.chaos.steps",
     "hcodec_core.inference.worker",
@@ -64,8 +67,6 @@ _PRELOADED = (
     "boto3",
     "obstore",
 )
-
-Row = dict[str, Any]
 
 
 def clips() -> dict[str, bytes]:
@@ -96,13 +97,30 @@ class Server:
         self._server.start()
         host, port = self._server.get_host_and_port()
         self.url = f"http://{host}:{port}"
+        self._folder = tempfile.TemporaryDirectory(prefix="hcodec-chaos-server-")
+        self.has_clocks = False
         # Torch and its friends are loaded once; each worker is a process of its own nevertheless.
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(_PRELOADED))
+        self._start_fork_server()
         self.reference: dict[str, Row] = {}
+        self.processes: list[ForkServerProcess] = []
+
+    def _start_fork_server(self) -> None:
+        library = clocks.build_library(Path(self._folder.name))
+        if library is not None:
+            os.environ["LD_PRELOAD"] = str(library)
+        forkserver.ensure_running()
+        self.has_clocks = library is not None
+        os.environ.pop("LD_PRELOAD", None)
 
     def close(self) -> None:
+        """End the server, and processes that beds could not end any more."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
         self._server.stop()
+        self._folder.cleanup()
 
     def make_bucket(self) -> str:
         import boto3
@@ -136,12 +154,41 @@ class Running:
     proxy: TrapProxy
     log_path: Path
 
-    def wait(self, seconds: float = 90.0) -> int | None:
-        """Exit code, negative for a signal."""
-        self.process.join(seconds)
-        if self.process.is_alive():
-            raise AssertionError(f"a process does not end:\n{self.log()}")
+    def wait(self, still_seconds: float = STILL_SECONDS) -> int | None:
+        """Exit code, negative for a signal; waits as long as the process asks storage anything."""
+        try:
+            wait_until(self._has_ended, "a process ends", self.pulse, still_seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}:\n{self.log()}") from error
         return self.process.exitcode
+
+    def killed_by(self, *traps: Trap) -> None:
+        """Wait for its end, which must be that of a trap."""
+        code = self.wait()
+        if not any(trap.hits for trap in traps):
+            raise NotHitError(f"no request was like {' or '.join(t.pattern for t in traps)}")
+        if code != -9:
+            raise AssertionError(f"it ended with {code} and not by force:\n{self.log()}")
+
+    def reach(self, trap: Trap) -> None:
+        """Wait until a trap has struck. Raises ``NotHitError`` when the process ends before."""
+        wait_until(lambda: trap.hit.is_set() or self._has_ended(), trap.pattern, self.pulse)
+        if not trap.hit.is_set():
+            raise NotHitError(f"it ended before a request like {trap.pattern}:\n{self.log()}")
+
+    def wait_or_stop(self) -> None:
+        """Wait until it has ended, or a trap has stopped it (SIGSTOP)."""
+        stops = [trap for trap in self.proxy.traps if trap.deed == "stop"]
+        wait_until(
+            lambda: self._has_ended() or any(trap.hit.is_set() for trap in stops),
+            "a process ends or is stopped",
+            self.pulse,
+        )
+
+    def pulse(self) -> object:
+        """Changes as long as the process does anything that can be seen from outside."""
+        size = self.log_path.stat().st_size if self.log_path.exists() else 0
+        return self.proxy.num_requests, size
 
     def resume(self) -> None:
         os.kill(self._pid(), signal.SIGCONT)
@@ -149,27 +196,15 @@ class Running:
     def kill(self) -> None:
         os.kill(self._pid(), signal.SIGKILL)
 
+    def _has_ended(self) -> bool:
+        return not self.process.is_alive()
+
     def _pid(self) -> int:
         assert self.process.pid is not None
         return self.process.pid
 
     def log(self) -> str:
         return self.log_path.read_text()[-3000:] if self.log_path.exists() else ""
-
-
-@dataclass
-class Books:
-    """What is left after a fault and its recovery; all four must be 0."""
-
-    lost: int
-    doubled: int
-    differing: int
-    orphans: int
-    details: list[str] = field(default_factory=list)
-
-    @property
-    def are_right(self) -> bool:
-        return not (self.lost or self.doubled or self.differing or self.orphans)
 
 
 class Bed:
@@ -186,6 +221,7 @@ class Bed:
         self.running: list[Running] = []
         self.proxies: list[TrapProxy] = []
         self.traps: list[Trap] = []
+        self.mounts: list[Path] = []
         self.quarantined = {"0/notes.wav"}
         manifest = load_manifest("hcodec-nano")
         settings = EncodeSettings(
@@ -200,6 +236,8 @@ class Bed:
             settings=settings,
             num_shards=3,
             lease_seconds=LEASE_SECONDS,
+            # Attempts that only a loaded machine takes from a slow worker are not what is tested.
+            max_attempts=MAX_ATTEMPTS,
             bad_files=BadFileBudget(max_share=0.5),
         )
         self.layout = DatasetLayout(self.config, "demo", CodecSpec(manifest, settings).encode_id)
@@ -216,6 +254,8 @@ class Bed:
                 running.kill()
         for proxy in self.proxies:
             proxy.close()
+        for path in self.mounts:
+            steps.unmount(path)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.server.drop_bucket(self.bucket)
 
@@ -248,13 +288,24 @@ class Bed:
         return self._spawn(steps.plan_step, traps, self.new_request(), f"{self.root_uri}/audio/")
 
     def worker(
-        self, plan: Plan, *traps: Trap, index: int = 0, max_file_bytes: int | None = None
+        self,
+        plan: Plan,
+        *traps: Trap,
+        index: int = 0,
+        terms: steps.WorkTerms = steps.WorkTerms(),  # noqa: B008 - frozen
+        **spawning: Any,
     ) -> Running:
         job_uri = join_uri(plan.plan_uri, JOB_FILE)
-        return self._spawn(steps.work, traps, job_uri, index, max_file_bytes)
+        return self._spawn(steps.work, traps, job_uri, index, terms, **spawning)
 
-    def publisher(self, plan: Plan, *traps: Trap) -> Running:
-        return self._spawn(steps.publish_step, traps, plan.plan_uri)
+    def publisher(self, plan: Plan, *traps: Trap, **spawning: Any) -> Running:
+        return self._spawn(steps.publish_step, traps, plan.plan_uri, **spawning)
+
+    def maintainer(self, *traps: Trap, **spawning: Any) -> Running:
+        return self._spawn(steps.maintain_step, traps, "demo", **spawning)
+
+    def sweeper(self, *traps: Trap, **spawning: Any) -> Running:
+        return self._spawn(steps.sweep_step, traps, "demo", **spawning)
 
     def committer(self, plan: Plan, *traps: Trap) -> Running:
         return self._spawn(steps.commit_step, traps, plan.plan_uri)
@@ -282,20 +333,46 @@ class Bed:
         ensure_table(self.layout, read_job(self.storage.read(join_uri(plan.plan_uri, JOB_FILE))))
 
     def finish(self, plan: Plan) -> None:
-        steps.finish(self.config, self.storage, plan.plan_uri)
+        patiently(lambda: steps.finish(self.config, self.storage, plan.plan_uri))
 
-    def _spawn(self, step: Callable[..., None], traps: tuple[Trap, ...], *values: Any) -> Running:
+    def clock(self, hours: float = 0.0) -> JumpingClock:
+        """A wall clock for a process. Raises ``NotHereError`` where none can be made."""
+        if not self.server.has_clocks:
+            raise NotHereError("needs a C compiler (cc) for clocks that jump")
+        return JumpingClock(self.folder, hours)
+
+    def small_disk(self, num_kibibytes: int) -> Path:
+        """A file system of so much room. Raises ``NotHereError`` without the right to mount one."""
+        path = self.folder / f"disk-{len(self.mounts)}"
+        path.mkdir()
+        steps.mount_small(path, num_kibibytes)
+        self.mounts.append(path)
+        return path
+
+    def _spawn(
+        self,
+        step: Callable[..., None],
+        traps: tuple[Trap, ...],
+        *values: Any,
+        clock: JumpingClock | None = None,
+        checks_clock: bool = False,
+        tmp_path: Path | None = None,
+    ) -> Running:
         self.traps += traps
-        proxy = TrapProxy(self.server.url, traps)
+        proxy = TrapProxy(self.server.url, traps, checks_clock)
         self.proxies.append(proxy)
         name = f"{step.__name__}-{len(self.running)}"
         config_path = self._write_config(proxy.url, name)
         log_path = self.folder / f"{name}.log"
+        place = steps.Place(clock.path if clock else None, tmp_path or self.folder)
         # Traps wait for nobody: the process starts only when the proxy knows whom to hit.
         process = self.server.context.Process(
-            target=step, args=(config_path, log_path, *values), daemon=False
+            target=steps.in_place,
+            args=(place, step, config_path, log_path, *values),
+            daemon=False,
         )
         process.start()
+        self.server.processes.append(process)
         proxy.owner_pid = process.pid
         running = Running(process, proxy, log_path)
         self.running.append(running)
@@ -311,18 +388,32 @@ class Bed:
     def recover(self) -> None:
         """What the next scheduled runs do, until a plan is empty."""
         for running in self.running:
-            for trap in running.proxy.traps:
-                trap.gate.set()
-            with contextlib.suppress(AssertionError):
-                running.wait(30)
-        for _ in range(6):
-            plan = self.plan(allow_many_deletes=True)
-            if plan.is_empty:
+            self._let_end(running)
+        for _ in range(8):
+            if not self.next_run():
                 return
-            self.worker(plan).wait()
-            if not self._has_failed_shards(plan):
-                self.finish(plan)
         raise AssertionError("the dataset does not become current")
+
+    def next_run(self) -> bool:
+        """What a scheduled run does; false when it found nothing to do."""
+        plan = self.plan(allow_many_deletes=True)
+        if plan.is_empty:
+            return False
+        self.worker(plan).wait()
+        if not self._has_failed_shards(plan):
+            self.finish(plan)
+        return True
+
+    @staticmethod
+    def _let_end(running: Running) -> None:
+        for trap in running.proxy.traps:
+            trap.gate.set()
+        with contextlib.suppress(ProcessLookupError):
+            running.resume()
+        try:
+            running.wait(60)
+        except AssertionError:
+            running.kill()
 
     def _has_failed_shards(self, plan: Plan) -> bool:
         from hcodec_core.dataset.results import read_results
@@ -331,62 +422,19 @@ class Bed:
 
     def rows(self) -> list[Row]:
         """All rows that readers see, in plain form."""
-        table = load_table(self.layout)
-        rows = table.scan(snapshot_id=main_snapshot_id(table)).to_arrow().to_pylist()
-        return [self._plain(row) for row in rows]
-
-    def _plain(self, row: Row) -> Row:
-        if row["audio_id"] != audio_id_of(row["uri"], row["etag"]):
-            raise AssertionError(f"{row['uri']} has the audio_id of something else")
-        kept = {name: row[name] for name in row if name not in (*_BOOKKEEPING, "audio_id")}
-        return kept | {"uri": row["uri"].removeprefix(self.uri(""))}
+        return self.bookkeeper.rows()
 
     def books(self) -> Books:
-        """Clean up as maintenance does, then compare with the fault-free dataset."""
-        self.server.age(self.bucket, days=40)
-        expire_snapshots(self.layout, datetime.now(UTC))
-        sweep_orphans(self.storage, self.layout, dry_run=False)
-        rows = self.rows()
-        counts = Counter(row["uri"] for row in rows)
-        expected = self._expected()
-        books = Books(
-            lost=len(expected.keys() - counts.keys()),
-            doubled=sum(count - 1 for count in counts.values()),
-            differing=sum(row != expected.get(row["uri"]) for row in rows),
-            orphans=0,
-        )
-        orphans = [*self._orphans(), *self._wrong_quarantine()]
-        books.orphans = len(orphans)
-        books.details = orphans[:3]
-        return books
+        """Rows, quarantine and orphans beside those of the dataset without faults."""
+        return self.bookkeeper.make(self.server.reference, self.quarantined)
 
-    def _expected(self) -> dict[str, Row]:
-        """What a run without faults gives: codes of an object follow from its content alone."""
-        wanted = {}
-        for info in list_folder(self.storage, self.uri("")):
-            name = info.uri.removeprefix(self.uri(""))
-            if name not in self.quarantined:
-                wanted[name] = self.server.reference[info.etag] | {"uri": name}
-        return wanted
+    def struck(self) -> list[str]:
+        """What the traps have done so far."""
+        return [str(trap) for trap in self.traps if trap.hits]
 
-    def _orphans(self) -> Iterator[str]:
-        table = load_table(self.layout)
-        known = {table.metadata_location, *(e.metadata_file for e in table.metadata.metadata_log)}
-        known |= {snapshot.manifest_list for snapshot in table.snapshots()}
-        for snapshot in table.snapshots():
-            for manifest in snapshot.manifests(table.io):
-                known.add(manifest.manifest_path)
-                entries = manifest.fetch_manifest_entry(table.io)
-                known |= {entry.data_file.file_path for entry in entries}
-        listed = {info.uri for info in list_folder(self.storage, self.layout.table_uri)}
-        yield from (f"orphan {uri}" for uri in sorted(listed - known))
-
-    def _wrong_quarantine(self) -> Iterator[str]:
-        held = Counter(read_quarantine(self.storage, self.layout)["uri"].to_pylist())
-        wanted = {self.uri(name) for name in self.quarantined}
-        for uri in wanted:
-            if held[uri] < 1:
-                yield f"{unquote(uri)} is missing from the quarantine"
+    @property
+    def bookkeeper(self) -> Bookkeeper:
+        return Bookkeeper(self.server, self.bucket, self.storage, self.layout, self.uri(""))
 
 
 def make_reference(server: Server) -> None:
@@ -399,16 +447,3 @@ def make_reference(server: Server) -> None:
         server.reference = {row["etag"]: row for row in bed.rows()}
         if len(server.reference) != NUM_CLIPS + 4:
             raise AssertionError(f"the reference has {len(server.reference)} rows")
-
-
-def wait_for(event: Any, what: str, seconds: float = 60.0) -> None:
-    if not event.wait(seconds):
-        raise AssertionError(f"it did not happen in time: {what}")
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"it did not happen in time: {what}")
-        time.sleep(0.05)

@@ -14,12 +14,19 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 EMPTY_LISTING = (
     b'<?xml version="1.0"?><ListBucketResult><Name>%s</Name>'
     b"<IsTruncated>false</IsTruncated></ListBucketResult>"
 )
+SKEWED = (
+    b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request time and "
+    b"the current time is too large.</Message></Error>"
+)
+_MAX_SKEW = timedelta(minutes=15)
+_HOLD_SECONDS = 1200.0
 
 
 @dataclass
@@ -46,6 +53,10 @@ class Trap:
     hits: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __str__(self) -> str:
+        often = f" x{self.hits}" if self.hits > 1 else ""
+        return f"{self.deed}{often} {'after' if self.is_after else 'at'} {self.pattern}"
+
     def takes(self, line: str) -> bool:
         """Whether it acts on this request."""
         if not re.search(self.pattern, line):
@@ -61,10 +72,17 @@ class Trap:
 
 
 class TrapProxy:
-    """Passes requests on to ``target_url``, but for those that a trap takes."""
+    """Passes requests on to ``target_url``, but for those that a trap takes.
 
-    def __init__(self, target_url: str, traps: tuple[Trap, ...] = ()) -> None:
+    checks_clock: refuse requests signed more than 15 minutes off, as S3 does and moto does not.
+    """
+
+    def __init__(
+        self, target_url: str, traps: tuple[Trap, ...] = (), checks_clock: bool = False
+    ) -> None:
         self.traps = traps
+        self.checks_clock = checks_clock
+        self.num_requests = 0
         self.owner_pid: int | None = None
         self._target = target_url.removeprefix("http://")
         proxy = self
@@ -95,6 +113,10 @@ class TrapProxy:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = _body_of(request)
+        self.num_requests += 1
+        if self.checks_clock and _is_skewed(request):
+            self._reply(request, 403, [("Content-Type", "application/xml")], SKEWED)
+            return
         line = f"{request.command} {request.path}"
         trap = next((trap for trap in self.traps if trap.takes(line)), None)
         if trap is None:
@@ -130,12 +152,12 @@ class TrapProxy:
             time.sleep(trap.seconds)
         elif trap.deed == "hold":
             trap.hit.set()
-            trap.gate.wait(60)
+            trap.gate.wait(_HOLD_SECONDS)
 
     def _pass_on(
         self, request: BaseHTTPRequestHandler, body: bytes
     ) -> tuple[int, list[tuple[str, str]], bytes]:
-        link = http.client.HTTPConnection(self._target, timeout=60)
+        link = http.client.HTTPConnection(self._target, timeout=_HOLD_SECONDS)
         dropped = {"host", "transfer-encoding", "content-length", "expect"}
         headers = {n: value for n, value in request.headers.items() if n.lower() not in dropped}
         headers["Host"] = self._target
@@ -165,6 +187,14 @@ class TrapProxy:
             request.wfile.write(content[: len(content) // 2] if is_cut else content)
         if is_cut:
             request.close_connection = True
+
+
+def _is_skewed(request: BaseHTTPRequestHandler) -> bool:
+    signed = request.headers.get("x-amz-date", "")
+    if not signed:
+        return False
+    at = datetime.strptime(signed, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    return abs(datetime.now(UTC) - at) > _MAX_SKEW
 
 
 def _body_of(request: BaseHTTPRequestHandler) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 from hcodec_core.errors import HCodecError
 from tests.chaos.bed import Bed, new_clip
+from tests.chaos.clocks import JumpingClock
 from tests.chaos.faults import (
     ANY,
     CLAIM,
@@ -22,13 +24,18 @@ from tests.chaos.proxy import Trap
 
 _WORKER_POINTS = (FILES, CLAIM, SOURCE, DATA, RESULT, ANY, "HEAD ", "PUT ")
 _PUBLISHER_POINTS = (r"GET .*/results/", MANIFEST, METADATA, RECORD, ANY, "PUT ")
-_DEEDS = ("kill", "kill", "status", "lose", "cut", "drop", "late", "term")
+_DEEDS = ("kill", "kill", "stop", "status", "lose", "cut", "drop", "late", "term")
 
 
 def random_fault(dice: random.Random) -> Fault:
     """Two or three workers and publishers with a trap or two each, and perhaps a moving source."""
-    seed = dice.getrandbits(32)
-    return Fault(f"random {seed}", "anywhere", "next runs", lambda bed: _inject(bed, seed))
+    return replay(dice.getrandbits(32))
+
+
+def replay(seed: int) -> Fault:
+    """The random fault of this number."""
+    inject = partial(_inject, seed=seed)
+    return Fault(f"random {seed}", "", "next runs", inject, is_random=True)
 
 
 def _trap(dice: random.Random, points: tuple[str, ...]) -> Trap:
@@ -47,19 +54,30 @@ def _inject(bed: Bed, seed: int) -> None:
     dice = random.Random(seed)
     if dice.random() < 0.4:
         bed.finish(bed.worked_plan("0/"))
-    plan = bed.plan(num_shards=dice.choice((1, 3, 6)), max_attempts=9)
+    plan = bed.plan(num_shards=dice.choice((1, 3, 6)))
     _move_source(bed, dice)
     for _ in range(dice.choice((1, 2))):
         traps = [_trap(dice, _WORKER_POINTS) for _ in range(dice.choice((1, 2)))]
-        workers = [bed.worker(plan, trap, index=index) for index, trap in enumerate(traps)]
+        workers = [
+            bed.worker(plan, trap, index=index, clock=_clock(bed, dice))
+            for index, trap in enumerate(traps)
+        ]
         for worker in workers:
-            worker.wait()
+            worker.wait_or_stop()
     bed.worker(plan).wait()
     for _ in range(dice.choice((1, 2))):
         traps = [_trap(dice, _PUBLISHER_POINTS) for _ in range(dice.choice((1, 2)))]
-        publishers = [bed.publisher(plan, trap) for trap in traps]
+        publishers = [bed.publisher(plan, trap, clock=_clock(bed, dice)) for trap in traps]
         for publisher in publishers:
-            publisher.wait()
+            publisher.wait_or_stop()
+    # Those that were stopped wake before the next run, or find it done.
+    if dice.random() < 0.5:
+        bed.next_run()
+
+
+def _clock(bed: Bed, dice: random.Random) -> JumpingClock | None:
+    hours = dice.choice((0.0, 0.0, 0.0, 7.0, -11.0))
+    return bed.clock(hours) if hours and bed.server.has_clocks else None
 
 
 def _move_source(bed: Bed, dice: random.Random) -> None:

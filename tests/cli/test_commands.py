@@ -189,6 +189,46 @@ def test_the_pipeline_by_hand(capsys, place):
     assert "Nothing new" in out
 
 
+def test_a_dataset_is_kept_in_order_by_hand(capsys, place):
+    config = ("--config", place / "hcodec.toml")
+    plan = run_json(
+        capsys, "plan", f"file://{place}/audio/", "--dataset", "try", "--shards", 3, *config
+    )
+    assert run(capsys, "run", f"{plan['plan_uri']}/job.json", *config)[0] == 0
+    run_json(capsys, "publish", plan["plan_uri"], *config)
+    code, out, _ = run(capsys, "maintain", "try", *config)
+    assert code == 0
+    assert "3 small files -> 1" in out
+    assert "Dry run" in out
+    report = run_json(capsys, "maintain", "try", "--apply", *config)
+    assert report["compaction"]["snapshot_id"] is not None
+    assert run_json(capsys, "maintain", "try", *config)["compaction"]["num_files_before"] == 0
+    for command in (("maintain", "nope"), ("versions", "list", "nope")):
+        code, _, err = run(capsys, *command, *config)
+        assert code == 43
+        assert "There is no dataset 'nope'" in err
+        assert "datasets: try" in err
+    assert run_json(capsys, "versions", "pin", "try", "v1", *config)["is_pinned"]
+    assert run_json(capsys, "versions", "list", "try", *config)[0]["pinned"]
+    assert not run_json(capsys, "versions", "unpin", "try", "v1", *config)["is_pinned"]
+    gone = f"file://{place}/audio/b.wav"
+    code, _, err = run(capsys, "purge", "try", gone, *config)
+    assert (code, "--yes" in err) == (43, True)
+    code, out, _ = run(capsys, "purge", "try", gone, "--dry-run", *config)
+    assert "2 in 2 data files" in out
+    assert len(run_json(capsys, "versions", "list", "try", *config)) == 1
+    code, out, _ = run(capsys, "purge", "try", gone, "--yes", *config)
+    assert code == 0
+    assert ": 0 mentions" in out
+    assert "v1 -1" in out
+    (version,) = run_json(capsys, "versions", "list", "try", *config)
+    assert version["files"] == 2
+    code, out, _ = run(capsys, "purge", "try", gone, "--readmit", *config)
+    assert "1 entries lifted" in out
+    plan = run_json(capsys, "plan", f"file://{place}/audio/", "--dataset", "try", *config)
+    assert plan["num_files"] == 1
+
+
 def test_a_dry_run_writes_no_plan(capsys, place):
     config = ("--config", place / "hcodec.toml")
     source = f"file://{place}/audio/"

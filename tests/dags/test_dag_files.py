@@ -94,9 +94,10 @@ for dag_id, dag in bag.dags.items():
         "params": {name: dag.params.get_param(name).serialize() for name in dag.params},
         "schedule": str(dag.schedule),
         "max_active_runs": dag.max_active_runs,
-        "outlets": [type(o).__name__ + " " + o.name for o in dag.get_task("publish").outlets],
-        "refusals": [refusal(dag, conf) for conf in confs],
-        "source": dag.get_task("plan").request,
+        "outlets": [type(o).__name__ + " " + o.name for t in dag.tasks for o in t.outlets],
+        "refusals": [refusal(dag, conf) for conf in confs.get(dag_id, [])],
+        "source": dag.get_task("plan").request if dag.has_task("plan") else None,
+        "mapped": [task.task_id for task in stored.tasks if task.is_mapped],
     }
 print("FACTS" + json.dumps(facts, default=lambda value: "unset"))
 """
@@ -114,7 +115,28 @@ CONFS: list[dict[str, object]] = [
     {**GOOD, "max_bad_share": 2},
     {**GOOD, "dry_run": "yes"},
     {**GOOD, "shards": 0},
-    {**GOOD, "shards": 5, "spend_cap": None, "max_hours_per_version": 0.5},
+    {**GOOD, "channel": "left"},
+    {**GOOD, "gain": 0},
+    {**GOOD, "threshold": 1.5},
+    {
+        **GOOD,
+        "shards": 5,
+        "spend_cap": None,
+        "max_hours_per_version": 0.5,
+        "channel": "first",
+        "threshold": 0.8,
+    },
+]
+
+UPKEEP_CONFS: list[dict[str, object]] = [
+    {"datasets": ["speech"], "dry_run": "never", "compact": False},
+    {"datasets": "speech"},
+    {"datasets": ["De mo"]},
+    {"dry_run": False},
+    {"orphan_age_days": 0},
+    {"expire_after_days": -1},
+    {"small_file_mib": 0},
+    {"datasets": None, "dry_run": "always", "expire_after_days": 0},
 ]
 
 
@@ -142,8 +164,14 @@ def _heavy(modules: list[str]) -> list[str]:
 
 
 def _facts(home: Path, folder: Path) -> dict:
-    text = _python(home, BAG, str(folder), json.dumps(CONFS))
+    confs = {"tokenize_corpus": CONFS, "maintain_datasets": UPKEEP_CONFS}
+    text = _python(home, BAG, str(folder), json.dumps(confs))
     return json.loads(text.partition("FACTS")[2])
+
+
+def tokenising(facts: dict) -> dict:
+    """The DAGs that turn audio into tokens."""
+    return {dag_id: dag for dag_id, dag in facts["dags"].items() if dag_id.startswith("tokenize")}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +197,7 @@ def test_shipped_files_parse(tmp_path):
 
 def test_dags_of_the_form_and_of_the_declarations(facts):
     assert facts["errors"] == {}
-    assert set(facts["dags"]) == {"tokenize_corpus", "tokenize__speech", "tokenize__by_hand"}
+    assert set(tokenising(facts)) == {"tokenize_corpus", "tokenize__speech", "tokenize__by_hand"}
     assert facts["dags"]["tokenize__speech"]["schedule"] == "@daily"
     assert facts["dags"]["tokenize__by_hand"]["schedule"] == "None"
     assert facts["dags"]["tokenize_corpus"]["schedule"] == "None"
@@ -177,7 +205,7 @@ def test_dags_of_the_form_and_of_the_declarations(facts):
 
 
 def test_tasks_in_order_with_the_lock_around_them(facts):
-    for dag in facts["dags"].values():
+    for dag in tokenising(facts).values():
         assert sorted(dag["tasks"]) == sorted(TASKS)
         assert dag["tasks"][0] == "lock"
         for task, after in pairwise(TASKS):
@@ -186,13 +214,14 @@ def test_tasks_in_order_with_the_lock_around_them(facts):
         # A teardown is not what the run's state is taken from: publish is.
         assert dag["teardowns"] == ["release"]
         assert dag["downstream"]["publish"] == ["release"]
-        assert dag["links"] == {"validate": ["Validation report"]}
+        assert dag["links"]["validate"] == ["Validation report"]
+        assert dag["links"]["publish"] == ["Dataset card"]
         assert dag["timeouts"] == []
         assert dag["operators"]["tokenize"] == "CodecJobOperator"
 
 
 def test_outlets(facts):
-    outlets = {dag_id: dag["outlets"] for dag_id, dag in facts["dags"].items()}
+    outlets = {dag_id: dag["outlets"] for dag_id, dag in tokenising(facts).items()}
     assert outlets == {
         "tokenize_corpus": ["AssetAlias tokenize_corpus"],
         "tokenize__speech": ["Asset tokens__speech"],
@@ -200,13 +229,14 @@ def test_outlets(facts):
     }
 
 
-def test_every_field_of_the_form_explains_itself(facts):
+def test_every_field_of_the_forms_explains_itself(facts):
+    for dag in facts["dags"].values():
+        for name, param in dag["params"].items():
+            assert param["schema"]["title"], name
+            assert param["schema"]["section"], name
+            assert len(param["description"]) > 20, name
     params = facts["dags"]["tokenize_corpus"]["params"]
     assert list(params)[:3] == ["source", "dataset", "codec"]
-    for name, param in params.items():
-        assert param["schema"]["title"], name
-        assert param["schema"]["section"], name
-        assert len(param["description"]) > 20, name
     assert {name for name, param in params.items() if param["value"] == "unset"} == {
         "source",
         "dataset",
@@ -219,6 +249,20 @@ def test_wrong_values_are_refused_by_the_schema(facts):
     assert refusals[-1] is None
     assert all(refusals[1:-1]), refusals
     assert "workers" in refusals[2]
+
+
+def test_upkeep_is_weekly_and_one_task_per_declared_dataset(facts):
+    dag = facts["dags"]["maintain_datasets"]
+    assert (dag["schedule"], dag["max_active_runs"]) == ("@weekly", 1)
+    assert dag["tasks"] == ["choose", "maintain", "table"]
+    assert dag["mapped"] == ["maintain"]
+    assert dag["outlets"] == []
+    assert dag["timeouts"] == []
+    assert dag["params"]["dry_run"]["value"] == "by hand"
+    refusals = dag["refusals"]
+    assert refusals[0] is None
+    assert refusals[-1] is None
+    assert all(refusals[1:-1]), refusals
 
 
 def test_declared_values_are_fixed_or_defaults(facts):
@@ -235,7 +279,7 @@ def test_no_heavy_library_is_loaded_by_the_dag_bag(facts):
 
 def test_parsing_is_quick_and_reads_only_the_declarations(tmp_path, folder):
     files = sorted(map(str, folder.glob("*.py")))
-    assert len(files) == 3
+    assert len(files) == len(list(DAGS.glob("*.py")))
     found = json.loads(_python(tmp_path, BUDGET, "watch", *files))
     assert _heavy(found["modules"]) == []
     code = (".py", ".pyc", ".so")
@@ -252,7 +296,7 @@ def test_a_wrong_declaration_stops_no_other_dataset(tmp_path, folder):
     (copy / "datasets.toml").write_text(DECLARED + WRONG)
     (tmp_path / "home").mkdir()
     facts = _facts(tmp_path / "home", copy)
-    assert set(facts["dags"]) == {"tokenize_corpus", "tokenize__speech", "tokenize__by_hand"}
+    assert set(tokenising(facts)) == {"tokenize_corpus", "tokenize__speech", "tokenize__by_hand"}
     ((file, error),) = facts["errors"].items()
     assert file.endswith("declared_datasets_errors.py")
     assert "datasets.toml, [datasets.typo]: worker: Extra inputs are not permitted" in error

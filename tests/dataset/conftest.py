@@ -7,6 +7,9 @@ import pytest
 from hcodec_core.config import StorageConfig
 from hcodec_core.storage import Storage, file_uri, open_storage
 from tests.dataset.factories import World
+from tests.dataset.postgres import postgres_uri
+
+__all__ = ["postgres_uri"]
 
 
 @pytest.fixture

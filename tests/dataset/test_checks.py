@@ -25,8 +25,9 @@ from hcodec_core.dataset.checks import (
 )
 from hcodec_core.dataset.commit import commit_plan
 from hcodec_core.dataset.facts import RowReader, SnapshotFacts, fault_names
+from hcodec_core.dataset.pages import printable
 from hcodec_core.dataset.plan_documents import BadFileBudget, Plan
-from hcodec_core.dataset.report import ValidationResult, printable, upload_report
+from hcodec_core.dataset.report import ValidationResult, upload_report
 from hcodec_core.dataset.rowfacts import CodeCounter, needed_columns, row_facts, slices
 from hcodec_core.dataset.rules import Thresholds, rules_of
 from hcodec_core.dataset.schema import arrow_schema, audio_id_of, unflatten_codes

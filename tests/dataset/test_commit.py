@@ -229,7 +229,7 @@ def test_results_that_do_not_add_up_are_refused(local_world: World) -> None:
     for outcomes, words in [
         (good.outcomes[:-1], "2 files with|1 files with"),
         (twice, "files with tokens, but"),
-        ([good.outcomes[0], good.outcomes[0]], "missing from"),
+        ([good.outcomes[0], good.outcomes[0]], "too much in|missing from"),
     ]:
         forged = good.model_copy(update={"outcomes": outcomes})
         local_world.storage.write(uri, forged.model_dump_json().encode())

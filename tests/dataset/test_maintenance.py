@@ -3,13 +3,15 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 
 import pytest
 
+from hcodec_core.dataset import versions
 from hcodec_core.dataset.lock import DatasetLock, LockSeeker, lock_holder, lock_uri
 from hcodec_core.dataset.maintenance import (
     SweepReport,
+    Upkeep,
     expire_snapshots,
     maintain,
     sweep_orphans,
@@ -17,6 +19,7 @@ from hcodec_core.dataset.maintenance import (
 from hcodec_core.dataset.reader import open_dataset
 from hcodec_core.dataset.table import SnapshotChange, load_table
 from hcodec_core.dataset.tabular import list_folder
+from hcodec_core.dataset.versions import expire_versions, list_versions, pin, rollback, unpin
 from hcodec_core.errors import CommitConflictError, ConfigError
 from hcodec_core.storage import join_uri
 from tests.dataset.factories import World, by_shard, fail_shard, finish_shard, job_of
@@ -101,11 +104,11 @@ def test_files_taken_over_from_a_failed_generation_are_spared(local_world: World
     first, second = by_shard(local_world.files(plan))
     done = finish_shard(local_world.storage, job, first)
     fail_shard(local_world.storage, job, second)
-    age_everything(local_world, 31)  # the first generation is no open plan any more
     retry = local_world.plan(num_shards=2)
     assert retry.generation == 1
     assert done.data_file is not None
     age_everything(local_world, 10)
+    # The first generation is no open plan any more.
     os.utime(local_world.local_path / plan.plan_uri.removeprefix("file://") / "job.json", (0, 0))
     sweep(local_world)
     assert local_world.storage.head(done.data_file.uri) is not None
@@ -139,6 +142,23 @@ def test_a_sweep_of_a_bucket_finds_nothing_young(s3_world: World) -> None:
     s3_world.version()
     report = sweep(s3_world, min_age=timedelta(hours=1))
     assert (report.num_orphans, report.num_kept) == (0, len(table_objects(s3_world)))
+
+
+def test_a_sweep_takes_ages_by_the_storages_clock(
+    local_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose clock is days ahead must not take a running committer's files for old ones."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(days=9)
+
+    local_world.put(*names(4))
+    local_world.version()
+    local_world.storage.write(join_uri(local_world.layout.table_uri, "metadata/new.avro"), b"1")
+    monkeypatch.setattr("hcodec_core.dataset.maintenance.datetime", Ahead)
+    assert sweep(local_world).num_orphans == 0
 
 
 def test_upkeep_says_first_what_it_then_does(local_world: World) -> None:
@@ -190,3 +210,60 @@ def test_a_dry_expiry_counts_what_would_go(local_world: World) -> None:
     later = datetime.now().astimezone() + timedelta(days=1)
     num = expire_snapshots(local_world.layout, later, dry_run=True)
     assert num == expire_snapshots(local_world.layout, later) > 0
+
+
+def four_versions(world: World) -> None:
+    for name in names(4):
+        world.put(name)
+        world.version()
+
+
+def keep(world: World, number: int, *, dry_run: bool = False) -> list[str]:
+    terms = Upkeep(keep_versions=number, expire_after_days=0, small_file_mib=0)
+    run = (world.config, world.storage, world.layout, "test/1", terms)
+    return maintain(*run, dry_run=dry_run).expired_versions
+
+
+def test_retention_takes_old_versions_but_no_pinned_one(local_world: World) -> None:
+    four_versions(local_world)
+    pin(local_world.layout, "v1", "trained on it")
+    pin(local_world.layout, "v1", "trained on it twice")
+    assert keep(local_world, 1, dry_run=True) == ["v2", "v3"]
+    assert keep(local_world, 1) == ["v2", "v3"]
+    assert keep(local_world, 1) == []
+    listed = {v.version: v for v in list_versions(local_world.layout)}
+    assert [v.num_rows for v in listed.values()] == [1, None, None, 4]
+    assert (listed["v1"].is_pinned, listed["v1"].pin_reason) == (True, "trained on it twice")
+    assert len(open_dataset(local_world.config, "demo", "v1")) == 1
+    assert len(open_dataset(local_world.config, "demo")) == 4
+    for refused in ("v2", "v9"):
+        with pytest.raises(ConfigError, match=r"taken by retention|no version"):
+            open_dataset(local_world.config, "demo", refused)
+        with pytest.raises(ConfigError):
+            pin(local_world.layout, refused)
+        with pytest.raises(ConfigError):
+            rollback(local_world.layout, refused)
+    unpin(local_world.layout, "v1")
+    assert keep(local_world, 1) == ["v1"]
+    local_world.put("next.wav")
+    assert local_world.version().version == "v5"
+
+
+def test_retention_leaves_what_readers_see(local_world: World) -> None:
+    four_versions(local_world)
+    rollback(local_world.layout, "v2")
+    assert keep(local_world, 1) == ["v1", "v3"]
+    assert len(open_dataset(local_world.config, "demo")) == 2
+
+
+def test_a_pin_wins_over_a_retention_that_did_not_see_it(
+    local_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four_versions(local_world)
+    stale = load_table(local_world.layout)
+    pin(local_world.layout, "v1")
+    monkeypatch.setattr(versions, "load_table", lambda layout: stale)
+    with pytest.raises(CommitConflictError):
+        expire_versions(local_world.layout, 1)
+    monkeypatch.undo()
+    assert len(open_dataset(local_world.config, "demo", "v1")) == 1

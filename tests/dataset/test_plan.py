@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -8,13 +9,20 @@ import pytest
 
 from hcodec_core.config import CostConfig
 from hcodec_core.dataset.inventory import InventoryInfo
-from hcodec_core.dataset.plan import make_plan, read_plan
-from hcodec_core.dataset.results import read_results
+from hcodec_core.dataset.maintenance import sweep_orphans
+from hcodec_core.dataset.plan import Plan, make_plan, read_plan
+from hcodec_core.dataset.reader import open_dataset
+from hcodec_core.dataset.results import read_results, result_uri
 from hcodec_core.dataset.sharding import deal_out, estimate_seconds, shard_digest
 from hcodec_core.dataset.tabular import read_table, write_table
-from hcodec_core.errors import AccessError, BudgetExceededError, ConfigError
-from hcodec_core.jobs import JOB_FILE
-from hcodec_core.storage import join_uri
+from hcodec_core.errors import (
+    AccessError,
+    BudgetExceededError,
+    ConfigError,
+    PlanIncompleteError,
+)
+from hcodec_core.jobs import JOB_FILE, ShardResult
+from hcodec_core.storage import Storage, join_uri
 from tests.dataset.factories import World, by_shard, fail_shard, finish_shard, job_of
 
 
@@ -189,3 +197,87 @@ def test_every_shard_appears_in_the_job(local_world: World) -> None:
     assert sorted(Counter(f["shard_index"] for f in files)) == list(range(5))
     assert len({(f["shard_index"], f["shard_id"]) for f in files}) == 5
     assert all(f["shard_id"].endswith("-g0") for f in files)
+
+
+def _cut(storage: Storage, uri: str) -> None:
+    storage.write(uri, storage.read(uri)[:200])
+
+
+def _truncated_result(world: World, result: ShardResult, plan: Plan) -> None:
+    _cut(world.storage, result_uri(plan.plan_uri, result.shard_id))
+
+
+def _missing_file(world: World, result: ShardResult, plan: Plan) -> None:
+    assert result.data_file is not None
+    world.storage.delete([result.data_file.uri])
+
+
+def _short_file(world: World, result: ShardResult, plan: Plan) -> None:
+    assert result.data_file is not None
+    _cut(world.storage, result.data_file.uri)
+
+
+def _forgotten_file(world: World, result: ShardResult, plan: Plan) -> None:
+    outcomes = [result.outcomes[0], *result.outcomes[:-1]]
+    text = result.model_copy(update={"outcomes": outcomes}).model_dump_json()
+    world.storage.write(result_uri(plan.plan_uri, result.shard_id), text.encode())
+
+
+@pytest.mark.parametrize("spoil", [_truncated_result, _missing_file, _short_file, _forgotten_file])
+def test_a_plan_with_a_bad_result_heals_by_itself(
+    world: World, spoil: Callable[[World, ShardResult, Plan], None]
+) -> None:
+    """The next run does the shard again and nothing else; what was wrong is named, and kept."""
+    world.put(*names(8))
+    plan = world.plan(num_shards=2)
+    good, bad = world.work(plan)
+    spoil(world, bad, plan)
+    evidence = world.storage.read(result_uri(plan.plan_uri, bad.shard_id))
+    with pytest.raises(PlanIncompleteError, match=rf"1 of 2 shards .*{bad.shard_id}: .*plan again"):
+        world.commit(plan)
+    retry = world.plan(num_shards=2)
+    assert retry.generation == 1
+    (taken,) = read_results(world.storage, retry.plan_uri, lambda result: result)
+    assert taken.data_file == good.data_file
+    job = job_of(world.storage, retry.plan_uri)
+    for files in by_shard(world.files(retry)):
+        if files[0]["shard_id"] != taken.shard_id:
+            finish_shard(world.storage, job, files)
+    world.publish(retry, world.commit(retry))
+    assert len(list(open_dataset(world.config, "demo"))) == 8
+    assert world.plan().is_empty
+    assert world.storage.read(result_uri(plan.plan_uri, bad.shard_id)) == evidence
+
+
+def test_a_failed_shard_does_not_hold_up_the_next_run(local_world: World) -> None:
+    """All shards are accounted for, the commit names the failure, the next plan goes on."""
+    local_world.put(*names(6))
+    plan = local_world.plan(num_shards=2)
+    job = job_of(local_world.storage, plan.plan_uri)
+    first, second = by_shard(local_world.files(plan))
+    finish_shard(local_world.storage, job, first)
+    fail_shard(local_world.storage, job, second)
+    with pytest.raises(PlanIncompleteError, match=r"out of memory.*plan again"):
+        local_world.commit(plan)
+    retry = local_world.plan(num_shards=2)
+    job = job_of(local_world.storage, retry.plan_uri)
+    (pending,) = (
+        files
+        for files in by_shard(local_world.files(retry))
+        if local_world.storage.head(result_uri(retry.plan_uri, files[0]["shard_id"])) is None
+    )
+    finish_shard(local_world.storage, job, pending)
+    local_world.publish(retry, local_world.commit(retry))
+    assert len(list(open_dataset(local_world.config, "demo"))) == 6
+
+
+def test_a_sweep_passes_over_results_that_cannot_be_read(local_world: World) -> None:
+    local_world.put(*names(4))
+    local_world.version()
+    local_world.put("new.wav")
+    plan = local_world.plan()
+    (result,) = local_world.work(plan)
+    _truncated_result(local_world, result, plan)
+    assert result.data_file is not None
+    sweep_orphans(local_world.storage, local_world.layout, dry_run=False)
+    assert local_world.storage.head(result.data_file.uri) is not None

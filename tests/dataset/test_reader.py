@@ -93,7 +93,7 @@ def test_an_open_view_does_not_move(local_world: World) -> None:
 
 
 def test_before_the_first_publish_there_is_nothing_to_read(local_world: World) -> None:
-    with pytest.raises(ConfigError, match="its encode ids: none"):
+    with pytest.raises(ConfigError, match="no dataset 'demo' in this catalog; datasets: none yet"):
         open_dataset(local_world.config, "demo")
     local_world.put("a.wav")
     plan = local_world.plan()

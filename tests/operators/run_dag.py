@@ -1,7 +1,7 @@
-"""Runs the shipped DAG in a real Airflow, as ``test_pipeline`` asks: one run per line of JSON.
+"""Runs shipped DAGs in a real Airflow, as the tests ask.
 
-Arguments: the folder of the DAG files and a JSON list of the forms to run. Facts of the runs are
-printed after a mark.
+Arguments: the folder of the DAG files, a JSON list of the forms to run, and the DAG's id (else
+``tokenize_corpus``). Facts of the runs are printed after a mark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
         # Read anew each time: a run leaves its parameters in the DAG object.
         bag = DagBag(sys.argv[1])
         assert not bag.import_errors, bag.import_errors
-        dag = bag.dags["tokenize_corpus"]
+        dag = bag.dags[sys.argv[3] if sys.argv[3:] else "tokenize_corpus"]
         run = dag.test(run_conf=form)
         facts.append(_facts_of(dag, run))
     print("FACTS" + json.dumps(facts, default=str))
@@ -39,10 +39,15 @@ def _facts_of(dag: Any, run: Any) -> dict[str, Any]:
         ).all()
         return {
             "state": str(run.state),
-            "tasks": {ti.task_id: str(ti.state) for ti in run.get_task_instances(session=session)},
-            "xcoms": {f"{x.task_id}.{x.key}": XComModel.deserialize_value(x) for x in xcoms},
+            "tasks": {_name(t): str(t.state) for t in run.get_task_instances(session=session)},
+            "xcoms": {f"{_name(x)}.{x.key}": XComModel.deserialize_value(x) for x in xcoms},
             "events": [{"uri": e.asset.uri, "extra": e.extra} for e in events],
         }
+
+
+def _name(row: Any) -> str:
+    """Task of a task instance or XCom; mapped ones with their index."""
+    return row.task_id if row.map_index < 0 else f"{row.task_id}[{row.map_index}]"
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def run_script(monkeypatch, job):
 
 
 def _context(try_id="try-1"):
+    pushed = {}
     task = SimpleNamespace(id=try_id, dag_id="d", run_id="r", task_id="tokenize", map_index=-1)
+    task.xcom_push = lambda key, value: pushed.update({key: value})
     return {"ti": task}
 
 
@@ -153,7 +155,8 @@ def test_never_more_workers_than_shards(job, run_script):
     [
         ({"workers": "many"}, "workers is 'many'"),
         ({"workers": 0}, "workers is 0"),
-        ({"backend": "kubernetes"}, "There is no backend 'kubernetes'"),
+        ({"backend": "slurm"}, "There is no backend 'slurm'"),
+        ({"backend": "kubernetes"}, "set kubernetes_file in section"),
         ({"executor": "CeleryExecutor"}, "cannot run under CeleryExecutor"),
     ],
 )
@@ -297,6 +300,36 @@ async def test_progress_is_in_the_log(job, run_script, caplog):
     assert "Job tokenize-p1: running (2/2)" in text
     assert "running 2/2 workers, shards 0/2, files 0/4" in text
     assert "Job tokenize-p1: done" in text
+
+
+def test_dry_run_prints_the_manifest_without_connection_or_cluster(
+    job, tmp_path, monkeypatch, capsys
+):
+    import yaml
+
+    path = tmp_path / "kubernetes.toml"
+    path.write_text('[profiles.a]\nimage = "worker"\n[profiles.b]\nimage = "w"\ngpus = 4\n')
+    monkeypatch.setenv("AIRFLOW__HCODEC__KUBERNETES_FILE", str(path))
+    _operator(job, backend="kubernetes", profile="b").dry_run()
+    made = yaml.safe_load(capsys.readouterr().out)
+    assert made["spec"]["completions"] == 2
+    container = made["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert container["command"][container["command"].index("--device") + 1] == "cuda"
+    _operator(job, backend="local").dry_run()
+    assert "hcodec_core.cli run" in capsys.readouterr().out
+
+
+def test_the_example_is_a_dag_and_its_pod_fields_are_templated():
+    import runpy
+
+    from hcodec_airflow import example_dags
+
+    folder = processes.Path(example_dags.__path__[0])
+    (path,) = folder.glob("workers_*.py")
+    dag = runpy.run_path(str(path))["dag"]
+    (task,) = dag.tasks
+    assert {"job", "workers", "profile", "pod_template"} <= set(task.template_fields)
 
 
 def test_few_parameters():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from hcodec_airflow import lineage
 from hcodec_airflow.dataset_operators import PublishOperator
 from hcodec_core.config import StorageConfig
 from hcodec_core.storage import file_uri, open_storage
@@ -38,22 +40,21 @@ def published(world: World) -> PublishOperator:
     world.work(plan)
     committed = world.commit(plan).model_dump(mode="json")
     operator = PublishOperator(task_id="publish", committed=committed, report_uri="")
-    assert operator.step({"outlet_events": {}})["version"] == "v1"
+    context = {"outlet_events": {}, "ti": SimpleNamespace(xcom_push=lambda **values: None)}
+    assert operator.step(context)["version"] == "v1"
     return operator
 
 
-def event_of(operator: PublishOperator, path) -> dict:
+def event_of(lineage, path, job="tokenize.publish") -> dict:
     """The event that the provider emits when the task is done, read back from the file."""
-    from airflow.providers.openlineage.extractors.base import DefaultExtractor
     from airflow.providers.openlineage.plugins.adapter import OpenLineageAdapter
     from openlineage.client import OpenLineageClient
     from openlineage.client.transport.file import FileConfig, FileTransport
 
-    lineage = DefaultExtractor(operator).extract_on_complete(None)
     transport = FileTransport(FileConfig(log_file_path=str(path), append=True))
     OpenLineageAdapter(OpenLineageClient(transport=transport)).complete_task(
         run_id="01941f29-7c00-7087-8906-40e512c257bd",
-        job_name="tokenize.publish",
+        job_name=job,
         end_time="2026-01-01T00:00:00Z",
         task=lineage,
         nominal_start_time=None,
@@ -62,12 +63,17 @@ def event_of(operator: PublishOperator, path) -> dict:
         tags=[],
         job_description=None,
     )
-    (line,) = path.read_text().splitlines()
-    return json.loads(line)
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def of_publish(operator: PublishOperator):
+    from airflow.providers.openlineage.extractors.base import DefaultExtractor
+
+    return DefaultExtractor(operator).extract_on_complete(None)
 
 
 def test_a_version_is_traced_to_its_audio_and_codec(world, tmp_path):
-    event = event_of(published(world), tmp_path / "events.jsonl")
+    event = event_of(of_publish(published(world)), tmp_path / "events.jsonl")
     audio, codec = event["inputs"]
     assert event["eventType"] == "COMPLETE"
     assert (audio["namespace"], audio["name"]) == ("file", f"{tmp_path}/root/audio")
@@ -81,6 +87,61 @@ def test_a_version_is_traced_to_its_audio_and_codec(world, tmp_path):
     assert "acoustic" in {field["name"] for field in tokens["facets"]["schema"]["fields"]}
     (symlink,) = tokens["facets"]["symlinks"]["identifiers"]
     assert symlink["name"] == f"hcodec.{world.layout.table_name}"
+
+
+def sources_of(events: list[dict], name: tuple[str, str, str]) -> set[tuple[str, str]]:
+    """What a consumer of events finds: all that something was made from, by names and versions."""
+
+    def key(dataset: dict) -> tuple[str, str, str]:
+        version = dataset["facets"].get("version", {}).get("datasetVersion", "")
+        return dataset["namespace"], dataset["name"], version
+
+    made_by = {key(output): event for event in events for output in event["outputs"]}
+    found: set[tuple[str, str]] = set()
+    for dataset in made_by[name]["inputs"] if name in made_by else []:
+        found |= {key(dataset)[:2]} | sources_of(events, key(dataset))
+    return found
+
+
+def test_a_model_is_traced_through_tokens_to_audio(world, tmp_path):
+    """Two events, of tokenising and of training, joined by a consumer that knows only names."""
+    path = tmp_path / "events.jsonl"
+    operator = published(world)
+    event_of(of_publish(operator), path)
+    version = operator._published
+    tokens = lineage.token_dataset(
+        world.layout.table_uri, version["version"], version["snapshot_id"]
+    )
+    start = lineage.codec_dataset("toy", world.manifest.digest)
+    model = lineage.codec_dataset("toy-tuned", "d" * 32)
+    event_of(lineage.lineage_of_training([tokens], model, start), path, "retrain.export")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(events) == 2
+    found = sources_of(events, (model.namespace, model.name, model.version))
+    assert found == {
+        ("file", f"{tmp_path}/root/audio"),
+        ("file", f"{tmp_path}/root/out/warehouse/hcodec/{world.layout.table_name}"),
+        ("hcodec-codecs", "toy"),
+    }
+    (output,) = events[1]["outputs"]
+    assert output["facets"]["datasetType"]["datasetType"] == "MODEL"
+    # Tokens of another version were made by another run: no audio is claimed for them.
+    other = lineage.token_dataset(world.layout.table_uri, "v2", 7)
+    assert sources_of(events, (other.namespace, other.name, other.version)) == set()
+
+
+@pytest.mark.parametrize(
+    ("uri", "named"),
+    [
+        ("s3://bucket/audio/x/", ("s3://bucket", "audio/x")),
+        ("s3://bucket", ("s3://bucket", "/")),
+        ("file:///data/a%20b/", ("file", "/data/a b")),
+    ],
+)
+def test_places_are_named_by_the_rules_of_openlineage(uri, named):
+    dataset = lineage.token_dataset(uri, "v1", 5)
+    assert (dataset.namespace, dataset.name) == named
+    assert dataset.version == "v1 (snapshot 5)"
 
 
 def test_a_publish_that_did_not_happen_has_no_lineage():

@@ -146,8 +146,9 @@ def test_logs_are_read_and_archived(make_backend, request_for_two, storage, wait
     backend.submit_or_adopt(request_for_two, "try-1")
     wait_until(lambda: backend.observe(request_for_two).num_alive == 0)
     assert [w.exit_code for w in backend.observe(request_for_two).workers] == [1, 1]
-    assert backend.logs(request_for_two, 1, 3) == ["47", "48", "49"]
-    uris = backend.archive_logs(request_for_two)
+    worker = backend.observe(request_for_two).workers[1]
+    assert backend.logs(request_for_two, worker, 3) == ["47", "48", "49"]
+    uris = backend.conclude(request_for_two, "try-1")
     assert [uri.rpartition("/")[2] for uri in uris] == [
         "tokenize-p1-worker-0.log",
         "tokenize-p1-worker-1.log",
@@ -250,5 +251,5 @@ def test_executors_of_many_hosts_are_refused(executor):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match="no backend 'kubernetes' in this version: use one of"):
-        check_backend_name("kubernetes")
+    with pytest.raises(ConfigError, match="no backend 'slurm' in this version: use one of"):
+        check_backend_name("slurm")

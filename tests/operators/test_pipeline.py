@@ -148,6 +148,19 @@ def test_report_is_linked_and_there(runs, installation):
     assert b"<html" in installation.storage.read(uri)
 
 
+def test_card_is_linked_and_there(runs, installation):
+    xcoms = runs["first"]["xcoms"]
+    url = xcoms["publish._link_DatasetCardLink"]
+    assert url == xcoms["publish.card_url"]
+    assert url.startswith("http://127.0.0.1:")
+    ((event),) = runs["first"]["events"]
+    uri = event["extra"]["card_uri"]
+    assert url.endswith(uri.removeprefix("s3:/"))
+    assert b"hcodec-nano tokens of" in installation.storage.read(uri)
+    card = json.loads(installation.storage.read(uri.replace("index.html", "card.json")))
+    assert (card["version"], card["num_files"]) == ("v1", 3)
+
+
 def test_xcoms_are_small(runs):
     for run in runs.values():
         for name, value in run["xcoms"].items():

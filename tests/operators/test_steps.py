@@ -116,3 +116,27 @@ def test_failed_validation_drops_the_branch_and_names_the_files(world, caplog):
     assert world.storage.head(report.uri) is not None
     # Validating once more, as a retry does, changes nothing.
     assert steps.validate(committed).failure is not None
+
+
+def test_threads_of_local_workers_are_in_their_compute_class(world, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__HCODEC__LOCAL_THREADS", "2")
+    assert steps.compute_class(steps.read_settings()).endswith("-threads2")
+
+
+def test_what_the_form_says_about_encoding_reaches_the_plan(world, monkeypatch):
+    monkeypatch.setattr(steps, "compute_class", lambda settings: "cpu-test")
+    world.put("a.wav")
+    inventory_uri = world.inventory().inventory_uri
+    form = {"source": world.source_uri, "dataset": "demo", "channel": "first", "gain": 0.5}
+
+    def planned(**changes):
+        return steps.plan(read_request({**form, "dry_run": True, **changes}), inventory_uri)
+
+    wanted = steps._plan_request(
+        read_request(form), inventory_uri, steps.read_settings(), world.storage
+    ).settings
+    assert (wanted.channel, wanted.gain, wanted.threshold) == ("first", 0.5, None)
+    plans = [planned(), planned(gain=1.0), planned(channel="mean")]
+    assert len({plan["plan_id"] for plan in plans}) == 3
+    with pytest.raises(ConfigError, match="has a fixed frame rate: leave the threshold"):
+        planned(threshold=0.7)

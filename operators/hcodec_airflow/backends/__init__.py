@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from hcodec_airflow.backends.base import Backend
     from hcodec_airflow.settings import Settings
 
-BACKENDS = {"local": "hcodec_airflow.backends.local"}
+BACKENDS = {
+    "local": "hcodec_airflow.backends.local",
+    "kubernetes": "hcodec_airflow.backends.kubernetes",
+    "trainjob": "hcodec_airflow.backends.trainjob",
+}
 
 
 def check_backend_name(name: str) -> None:
@@ -22,8 +26,11 @@ def check_backend_name(name: str) -> None:
         )
 
 
-def open_backend(name: str, settings: Settings) -> Backend:
-    """The backend called ``name``. Raises ``ConfigError`` when there is none."""
+def open_backend(name: str, settings: Settings, *, is_offline: bool = False) -> Backend:
+    """The backend called ``name``; ``is_offline``: only for what asks nobody (``manifest``).
+
+    Raises ``ConfigError`` when there is none.
+    """
     check_backend_name(name)
     module = importlib.import_module(BACKENDS[name])
-    return cast("Backend", module.open_backend(settings))
+    return cast("Backend", module.open_backend(settings, is_offline=is_offline))

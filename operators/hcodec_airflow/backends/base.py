@@ -6,10 +6,11 @@ It never judges the work: the truth about that is the result objects in storage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Phase(StrEnum):
@@ -32,11 +33,36 @@ class WorkerResources:
 
 
 @dataclass(frozen=True)
+class TaskOrigin:
+    """The task of Airflow that wants the workers; ``map_index`` is -1 when it is not mapped."""
+
+    dag_id: str = ""
+    run_id: str = ""
+    task_id: str = ""
+    map_index: int = -1
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds by the clock of whoever runs the workers; None: no limit.
+
+    queue_seconds: until resources are given to the first worker. startup_seconds: from then until
+    it runs. run_seconds: from the first start, all restarts included.
+    """
+
+    queue_seconds: float | None = None
+    startup_seconds: float | None = 1800.0
+    run_seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class JobRequest:
     """The workers that are wanted for a job document.
 
     ``name`` is deterministic, so that every try of a task means the same workers. ``max_restarts``
-    counts starts of one worker after its first, within one owner.
+    counts starts of one worker after its first, within one owner. ``profile`` and ``pod_template``
+    say how a pod looks. ``processes_per_node``: 0 for independent workers; else every one of
+    ``num_workers`` is a node on which torchrun starts so many processes.
     """
 
     name: str
@@ -46,16 +72,35 @@ class JobRequest:
     resources: WorkerResources = field(default_factory=WorkerResources)
     max_restarts: int = 3
     lease_seconds: float = 60.0
+    profile: str = ""
+    pod_template: Mapping[str, Any] = field(default_factory=dict)
+    processes_per_node: int = 0
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    origin: TaskOrigin = field(default_factory=TaskOrigin)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker as observed. ``exit_code`` is None while it runs or when it was killed hard."""
+    """One worker as observed. ``exit_code`` is None while it runs or when it was killed hard.
+
+    ``name``: of its pod, where it has one. ``note``: why it ended, as its backend knows it.
+    """
 
     index: int
     is_alive: bool
     num_starts: int
     exit_code: int | None = None
+    name: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """How long a job has been queued, starting, running, in seconds; None while it is not."""
+
+    queued_seconds: float | None = None
+    starting_seconds: float | None = None
+    running_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +110,7 @@ class Observation:
     phase: Phase
     workers: tuple[Worker, ...] = ()
     reason: str = ""
+    times: PhaseTimes = field(default_factory=PhaseTimes)
 
     @property
     def num_alive(self) -> int:
@@ -89,14 +135,32 @@ class Backend(Protocol):
     def restart_ended(self, request: JobRequest, owner: str) -> None:
         """Start workers again that ended with a restart left, if ``owner`` still owns them."""
 
+    def tend(self, request: JobRequest, owner: str) -> None:
+        """Free the shards of workers that were taken away, so that others go on at once.
+
+        Called at every look; what was done for a worker is not done again.
+        """
+
     def observe(self, request: JobRequest) -> Observation:
         """Look at the workers without changing anything."""
 
     def kill(self, request: JobRequest, owner: str) -> bool:
         """Stop the workers if ``owner`` still owns them; true when it did."""
 
-    def logs(self, request: JobRequest, index: int, max_lines: int) -> Sequence[str]:
+    def logs(self, request: JobRequest, worker: Worker, max_lines: int) -> Sequence[str]:
         """Last lines of one worker's log, oldest first; empty when there is none."""
 
-    def archive_logs(self, request: JobRequest) -> Sequence[str]:
-        """Copy the logs to ``<plan_uri>/logs/``, return their URIs; workers have ended."""
+    def conclude(self, request: JobRequest, owner: str) -> Sequence[str]:
+        """Keep the logs in ``<plan_uri>/logs/`` and stop what is left, if ``owner`` owns it.
+
+        Returns the URIs of the logs.
+        """
+
+    def following(self, request: JobRequest) -> AbstractAsyncContextManager[None]:
+        """While this is entered, ``observe`` may answer from what an event loop keeps up to date.
+
+        Entered by the trigger, in its loop, around all other calls.
+        """
+
+    def manifest(self, request: JobRequest) -> str:
+        """What would be submitted, as YAML; asks nobody."""

@@ -12,12 +12,13 @@ import fcntl
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hcodec_airflow.backends import processes
 from hcodec_airflow.backends.base import JobRequest, Observation, Phase, Worker
 from hcodec_airflow.backends.processes import ProcessGroup
+from hcodec_airflow.logs_page import write_logs_page
 from hcodec_airflow.progress import list_folder
 from hcodec_airflow.settings import Settings
 from hcodec_core.errors import ConfigError, ObjectMissingError, StorageError
@@ -69,8 +71,8 @@ class JobRecord(BaseModel):
     workers: tuple[WorkerRecord, ...] = ()
 
 
-def open_backend(settings: Settings) -> LocalBackend:
-    """The local backend as this installation configures it."""
+def open_backend(settings: Settings, *, is_offline: bool = False) -> LocalBackend:
+    """The local backend as this installation configures it; it never asks anybody."""
     return LocalBackend(settings.open_storage(), settings.local_state_path, settings.config_path)
 
 
@@ -117,6 +119,9 @@ class LocalBackend:
                 self._check_host(record)
                 self._start_missing(request, record)
 
+    def tend(self, request: JobRequest, owner: str) -> None:
+        """See ``Backend``: the shards of a worker are freed when it is started again."""
+
     def observe(self, request: JobRequest) -> Observation:
         """See ``Backend``. Raises ``ConfigError`` when the workers are on another host."""
         record = self._read(request)
@@ -138,17 +143,34 @@ class LocalBackend:
             processes.stop([worker.group for worker in record.workers], KILL_GRACE_SECONDS)
         return True
 
-    def logs(self, request: JobRequest, index: int, max_lines: int) -> Sequence[str]:
+    def logs(self, request: JobRequest, worker: Worker, max_lines: int) -> Sequence[str]:
         """See ``Backend``."""
         record = self._read(request)
-        path = Path(record.folder) / f"worker-{index}.log" if record else None
+        path = Path(record.folder) / f"worker-{worker.index}.log" if record else None
         if path is None or not path.exists():
             return []
         with path.open(errors="replace") as file:
             return [line.rstrip("\n") for line in deque(file, maxlen=max_lines)]
 
-    def archive_logs(self, request: JobRequest) -> Sequence[str]:
+    def conclude(self, request: JobRequest, owner: str) -> Sequence[str]:
         """See ``Backend``. Scratch files go; local logs stay for the next try to append to."""
+        self.kill(request, owner)
+        uris = self._archive_logs(request)
+        write_logs_page(self._storage, request.plan_uri)
+        return uris
+
+    @asynccontextmanager
+    async def following(self, request: JobRequest) -> AsyncIterator[None]:
+        """See ``Backend``: processes of this host are looked at when asked."""
+        yield
+
+    def manifest(self, request: JobRequest) -> str:
+        """See ``Backend``: the command of each worker."""
+        folder = self._state_path / request.name
+        words = [self._command(request, folder, index) for index in range(request.num_workers)]
+        return "".join(f"- {shlex.join(command)}\n" for command in words)
+
+    def _archive_logs(self, request: JobRequest) -> Sequence[str]:
         record = self._read(request)
         if record is None or record.host_id != processes.host_id():
             return []

@@ -1,0 +1,1 @@
+"""Training codecs: exactly resumable, on one process or many."""

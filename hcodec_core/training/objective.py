@@ -1,0 +1,92 @@
+"""What a family of codecs brings to training: one forward pass, and its own losses.
+
+The trainer knows no family. A family adds a class that satisfies ``Objective`` and one line in
+``OBJECTIVES``; losses on the waveform, discriminators, data, checkpoints and tracking are common.
+
+Shape letters: B batch, N sample, D feature, T frame.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from hcodec_core.errors import ConfigError
+from hcodec_core.models.base import Codec, Part
+from hcodec_core.training.quantizer import QuantizerPass, QuantizerTrainer
+from hcodec_core.training.recipe import Recipe
+
+OBJECTIVES: Mapping[str, str] = {
+    "hcodec": "hcodec_core.training.hcodec_objective",
+}
+"""Module of each family that can be trained; it offers ``objective(codec, recipe)``."""
+
+DECIDES_TOKENS = frozenset({Part.ENCODER, Part.SSL, Part.CODEBOOKS})
+"""Parts that decoder-only training leaves as they are."""
+
+
+@dataclass(frozen=True)
+class GeneratorPass:
+    """What one forward pass gave.
+
+    audio: float32 [B, 1, N]. losses: the family's own, by name, each with a gradient; the recipe's
+    ``losses`` holds their weights. quantised: by stream; empty when codebooks do not learn.
+    """
+
+    audio: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    quantised: Mapping[str, QuantizerPass] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """How one family is trained. ``codec`` is in training mode, frozen parts in eval mode."""
+
+    codec: Codec
+    quantizers: Mapping[str, QuantizerTrainer]
+
+    def latents(self, audio: Tensor) -> Mapping[str, Tensor]:
+        """Latents [B, D, T] of each stream, from which codebooks start; without gradients."""
+
+    def generate(self, audio: Tensor, step: int) -> GeneratorPass:
+        """The training pass over full crops [B, 1, N], N a hop multiple.
+
+        What is drawn must follow from the recipe's seed and ``step`` alone; dropout uses torch's
+        global generator, which the trainer seeds for each step and rank.
+        """
+
+    def reconstruct(self, audio: Tensor) -> Tensor:
+        """What the codec as it is makes of [B, 1, N]; eval mode, no gradient."""
+
+
+def objective_for(codec: Codec, recipe: Recipe) -> Objective:
+    """The objective of a codec's family. Raises ``ConfigError`` when it cannot be trained."""
+    if codec.family not in OBJECTIVES:
+        raise ConfigError(
+            f"Codecs of family {codec.family!r} cannot be trained here: families that can are "
+            f"{', '.join(sorted(OBJECTIVES))}."
+        )
+    module = importlib.import_module(OBJECTIVES[codec.family])
+    found: Objective = module.objective(codec, recipe)
+    return found
+
+
+def freeze(codec: Codec, recipe: Recipe) -> None:
+    """Let learn what the recipe says: all parts but the SSL model, or only what decodes."""
+    frozen = DECIDES_TOKENS | {Part.TRAINING} if recipe.train == "decoder" else {Part.SSL}
+    for name, parameter in codec.named_parameters():
+        parameter.requires_grad_(codec.part_of(name) not in frozen)
+    for module in codec.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = recipe.dropout
+
+
+def set_training(codec: Codec) -> None:
+    """Training mode for modules that learn; what is frozen stays in eval mode."""
+    codec.eval()
+    codec.training = True
+    for child in codec.children():
+        child.train(any(parameter.requires_grad for parameter in child.parameters()))

@@ -1,0 +1,443 @@
+"""A whole training run: sources pinned, codec made, trained, exported.
+
+The run's folder holds
+
+    run.json                    recipe, base and list of sources; written once
+    files.parquet               the pinned list of files, with their etags
+    checkpoints/  history/      see ``checkpoints`` and ``history``
+    samples/step-.../           held-out clips, as they were and decoded, with spectrograms
+    quarantine.json             files that could not be used, and why
+    workers/<id>.json           ``WorkerProgress``
+    codec/                      the codec, once training is over
+    results/training.json       ``TrainingResult``; written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hcodec_core import __version__
+from hcodec_core.codecs import load_manifest
+from hcodec_core.config import Config, StorageConfig
+from hcodec_core.errors import ConfigError, HCodecError
+from hcodec_core.models.base import Codec
+from hcodec_core.models.conversion import read_ssl_model
+from hcodec_core.models.loading import CodecCard, load_codec, save_codec
+from hcodec_core.models.registry import build_codec, family_of, presets
+from hcodec_core.nn.initial import keep_variance
+from hcodec_core.storage import Storage, file_uri, join_uri, open_storage
+from hcodec_core.tokens import MANIFEST_FILE, WEIGHTS_FILE, CodecManifest, EncodeSettings, digest_of
+from hcodec_core.training.batches import BatchSource, Place, SampleDataset, SamplePlan, Share
+from hcodec_core.training.checkpoints import CheckpointFacts, CheckpointPlace, Checkpoints
+from hcodec_core.training.held_out import HeldOutClip, read_held_out
+from hcodec_core.training.keys import seed_of
+from hcodec_core.training.learner import Learner
+from hcodec_core.training.objective import freeze, objective_for
+from hcodec_core.training.ranks import Ranks
+from hcodec_core.training.recipe import Recipe
+from hcodec_core.training.sources import (
+    SourceFile,
+    Sources,
+    list_sources,
+    read_sources,
+    split_sources,
+    write_sources,
+)
+from hcodec_core.training.tracking import MlflowTracker, NoTracker, TrackedRun, Tracker
+from hcodec_core.training.trainer import Surroundings, Trainer, TrainProgress
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, FILES_FILE, RESULT_FILE = "run.json", "files.parquet", "results/training.json"
+CODEC_FOLDER = "codec"
+_BASE_SETTINGS = EncodeSettings(compute_class="training")
+
+
+def _ignore(_: TrainProgress) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What is trained, on what, into which folder.
+
+    ``base_uri``: codec that training goes on from, with ``base_digest`` when it is given; None:
+    from scratch. ``teacher``: folder or hub
+    id of the SSL model (transformers), for training from scratch a codec that has one.
+    ``resumes``: go on where an earlier run into ``out_uri`` stopped. ``tracking_uri``: MLflow;
+    None: not tracked.
+    """
+
+    recipe: Recipe
+    data_uris: tuple[str, ...]
+    out_uri: str
+    base_uri: str | None = None
+    base_digest: str | None = None
+    teacher: str | None = None
+    resumes: bool = False
+    tracking_uri: str | None = None
+    experiment: str = "hcodec"
+    licence: str = "unknown"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How one process runs; decides no results but through threads and device.
+
+    ``scratch_path``: an existing folder for decoded audio (``cache_bytes`` at most) and one
+    checkpoint. ``num_workers``: data processes of each rank.
+    """
+
+    scratch_path: Path
+    device: str = "cpu"
+    num_threads: int = 1
+    num_workers: int = 0
+    cache_bytes: int = 8 << 30
+    worker_id: str = "trainer"
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What surrounds a run. ``config``: allow-lists and datasets, where there is one."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    config: Config | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    report: Callable[[TrainProgress], None] = _ignore
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run made. ``scores``: of the last validation."""
+
+    codec_uri: str
+    codec_digest: str
+    recipe_digest: str
+    data_digest: str
+    steps: int
+    num_training_files: int
+    num_held_out_files: int
+    scores: dict[str, float]
+
+
+def train(request: TrainRequest, options: TrainOptions, context: TrainContext) -> TrainingResult:
+    """Train a codec to the end of its recipe and export it; called by every rank.
+
+    Raises:
+        ConfigError: Recipe, data or codec cannot be used, or the folder holds another run.
+        DivergedError: A loss is not finite; names the batch.
+        PreemptedError: ``context.stop`` was set; a checkpoint was made.
+        StorageError: Storage or the tracking server stays away, or a disk is full.
+        BudgetExceededError: Too many files are bad.
+    """
+    run = _Run(request, options, context)
+    return run.go()
+
+
+class _Run:
+    def __init__(self, request: TrainRequest, options: TrainOptions, context: TrainContext) -> None:
+        self.request, self.options, self.context = request, options, context
+        self.recipe, self.ranks = request.recipe, context.ranks
+        self.storage: Storage = open_storage(context.storage)
+        _check(request, context)
+
+    def go(self) -> TrainingResult:
+        torch.set_num_threads(self.options.num_threads)
+        torch.backends.cudnn.benchmark = False
+        device = torch.device(self.options.device)
+        codec = self._codec()
+        sources, identity = self._pin(codec)
+        logger.info(
+            "Training on %d files, %d held out.", len(sources.training), len(sources.held_out)
+        )
+        codec.to(device)
+        freeze(codec, self.recipe)
+        learner = Learner(objective_for(codec, self.recipe), self.recipe, self.ranks, device)
+        if self.request.base_uri is not None:
+            self._keep_codebooks(learner)
+        scores = self._train(learner, sources, identity)
+        return self._export(learner, sources, identity, scores)
+
+    def _train(
+        self, learner: Learner, sources: Sources, identity: CheckpointFacts
+    ) -> dict[str, float]:
+        dataset = self._dataset(learner.objective.codec, sources)
+        tracker: Tracker = NoTracker()
+        status = "FAILED"
+        try:
+            clips = self._held_out(dataset, sources, learner.objective.codec)
+            tracker = self._tracker(identity)
+            around = self._surroundings(identity, len(sources.training), tracker)
+            share = Share(self.recipe.batch_size, self.ranks.rank, self.ranks.size)
+            source = BatchSource(
+                dataset, share, self.options.num_workers, learner.device.type == "cuda"
+            )
+            scores = Trainer(learner, source, clips, around).run()
+            status = "FINISHED"
+            return scores
+        finally:
+            tracker.finish("KILLED" if self.context.stop.is_set() else status)
+            dataset.close()
+
+    def _codec(self) -> Codec:
+        """The codec to be trained, the same on every rank."""
+        request = self.request
+        if request.base_uri is not None:
+            return load_codec(
+                request.base_uri,
+                _BASE_SETTINGS,
+                expected_digest=request.base_digest,
+                fetch=self.storage.read,
+            )
+        family = family_of(self.recipe.codec)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.recipe.seed, "weights"))
+            codec = build_codec(family, presets(family)[self.recipe.codec]().architecture())
+            if self.recipe.initial == "keep-variance":
+                _keep_variance(codec)
+        self._take_teacher(codec)
+        return codec
+
+    def _take_teacher(self, codec: Codec) -> None:
+        ssl = getattr(codec, "ssl", None)
+        if ssl is None:
+            return
+        if self.request.teacher is None:
+            raise ConfigError(
+                f"Codec {self.recipe.codec} learns from an SSL model, which has no weights yet: "
+                "name its folder with --teacher, or a codec to go on from with --base."
+            )
+        _, tensors = read_ssl_model(self.request.teacher)
+        try:
+            ssl.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"The SSL model {self.request.teacher!r} does not fit codec {self.recipe.codec} "
+                f"({str(error).splitlines()[-1].strip()})."
+            ) from error
+
+    def _keep_codebooks(self, learner: Learner) -> None:
+        hop = learner.objective.codec.hop_length
+        frames = self.recipe.batch_size * _crop_samples(self.recipe, learner.objective.codec) // hop
+        for trainer in learner.objective.quantizers.values():
+            trainer.go_on_from(frames)
+
+    def _pin(self, codec: Codec) -> tuple[Sources, CheckpointFacts]:
+        """The list of files, made by the first rank once, and what the run is known by."""
+        files = self._files(codec)
+        sources = split_sources(files, self.recipe.data)
+        build = {
+            "hcodec": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "device": self.options.device.partition(":")[0],
+            "threads": str(self.options.num_threads),
+        }
+        base = self._base_digest()
+        identity = CheckpointFacts(
+            step=0,
+            recipe_digest=digest_of([self.recipe.digest, base]),
+            data_digest=sources.digest,
+            num_ranks=self.ranks.size,
+            build=build | ({"base": base} if base else {}),
+        )
+        return sources, identity
+
+    def _base_digest(self) -> str:
+        if self.request.base_uri is None:
+            return ""
+        return load_manifest(self.request.base_uri, fetch=self.storage.read).digest
+
+    def _files(self, codec: Codec) -> list[SourceFile]:
+        uri = join_uri(self.request.out_uri, FILES_FILE)
+        files: list[SourceFile] = []
+        failure: HCodecError | None = None
+        if self.ranks.is_first:
+            try:
+                files = self._first_files(codec, uri)
+            except HCodecError as error:
+                failure = error
+        files, failure = self.ranks.from_first((files, failure))
+        if failure is not None:
+            raise failure
+        return files
+
+    def _first_files(self, codec: Codec, uri: str) -> list[SourceFile]:
+        request = self.request
+        if self.storage.head(uri) is not None:
+            if not request.resumes:
+                raise ConfigError(
+                    f"{request.out_uri} holds a training run already: go on with --resume, or name "
+                    "another folder."
+                )
+            return read_sources(self.storage, uri)
+        files = list_sources(
+            self.storage, request.data_uris, codec.sample_rate, self.context.config
+        )
+        split_sources(files, self.recipe.data)  # what cannot be split is not pinned
+        facts = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": list(request.data_uris),
+            "base": request.base_uri,
+        }
+        run_uri = join_uri(request.out_uri, RUN_FILE)
+        self.storage.write(run_uri, json.dumps(facts, indent=1).encode())
+        write_sources(self.storage, uri, files)
+        return files
+
+    def _dataset(self, codec: Codec, sources: Sources) -> SampleDataset:
+        plan = SamplePlan(
+            seed=self.recipe.seed,
+            sample_rate=codec.sample_rate,
+            crop_samples=_crop_samples(self.recipe, codec),
+            data=self.recipe.data,
+            augment=self.recipe.augment,
+        )
+        options = self.options
+        place = Place(self.context.storage, options.scratch_path, options.cache_bytes)
+        return SampleDataset(sources.training, plan, place)
+
+    def _held_out(
+        self, dataset: SampleDataset, sources: Sources, codec: Codec
+    ) -> list[HeldOutClip]:
+        recipe = self.recipe.data
+        max_samples = int(recipe.held_out_seconds * codec.sample_rate)
+        files = sources.held_out[: recipe.max_held_out_files]
+        return read_held_out(dataset, files, max_samples, codec.hop_length, self.ranks)
+
+    def _tracker(self, identity: CheckpointFacts) -> Tracker:
+        request = self.request
+        if request.tracking_uri is None or not self.ranks.is_first:
+            return NoTracker()
+        run = TrackedRun(
+            key=digest_of([request.out_uri, identity.recipe_digest, identity.data_digest]),
+            name=f"{self.recipe.name}-{identity.recipe_digest[:8]}",
+            experiment=request.experiment,
+            artifacts_uri=_artifacts_uri(request.tracking_uri),
+            facts={
+                "recipe": self.recipe.name,
+                "recipe_digest": identity.recipe_digest,
+                "data_digest": identity.data_digest,
+                "run_uri": request.out_uri,
+                **identity.build,
+            },
+        )
+        return MlflowTracker(request.tracking_uri, run, self.options.scratch_path)
+
+    def _surroundings(
+        self, identity: CheckpointFacts, num_files: int, tracker: Tracker
+    ) -> Surroundings:
+        place = CheckpointPlace(
+            self.storage,
+            self.request.out_uri,
+            self.options.scratch_path,
+            self.recipe.cadence.keep_last,
+        )
+        return Surroundings(
+            storage=self.storage,
+            run_uri=self.request.out_uri,
+            identity=identity,
+            checkpoints=Checkpoints(place, self.ranks),
+            num_files=num_files,
+            stop=self.context.stop,
+            tracker=tracker,
+            report=self.context.report,
+            worker_id=self.options.worker_id,
+        )
+
+    def _export(
+        self,
+        learner: Learner,
+        sources: Sources,
+        identity: CheckpointFacts,
+        scores: dict[str, float],
+    ) -> TrainingResult:
+        codec_uri = join_uri(self.request.out_uri, CODEC_FOLDER)
+        digest = ""
+        if self.ranks.is_first:
+            with learner.as_exported():
+                manifest = self._write_codec(learner.objective.codec, codec_uri, identity)
+            digest = manifest.digest
+        result = TrainingResult(
+            codec_uri=codec_uri,
+            codec_digest=self.ranks.from_first(digest),
+            recipe_digest=identity.recipe_digest,
+            data_digest=identity.data_digest,
+            steps=self.recipe.steps,
+            num_training_files=len(sources.training),
+            num_held_out_files=len(sources.held_out),
+            scores=scores,
+        )
+        if self.ranks.is_first:
+            text = json.dumps(asdict(result), indent=1)
+            self.storage.write(join_uri(self.request.out_uri, RESULT_FILE), text.encode())
+        return result
+
+    def _write_codec(
+        self, codec: Codec, codec_uri: str, identity: CheckpointFacts
+    ) -> CodecManifest:
+        recipe = self.recipe
+        card = CodecCard(
+            name=recipe.codec if self.request.base_uri is None else codec.spec.manifest.name,
+            is_trained=True,
+            weights_licence=self.request.licence,
+            source=(
+                f"recipe {recipe.name} ({identity.recipe_digest[:12]}), {recipe.steps} steps, seed "
+                f"{recipe.seed}, data {identity.data_digest[:12]}"
+            ),
+        )
+        path = self.options.scratch_path / CODEC_FOLDER
+        manifest = save_codec(codec, card, path)
+        for name in (WEIGHTS_FILE, MANIFEST_FILE):  # a codec without a manifest is none
+            self.storage.upload(path / name, join_uri(codec_uri, name))
+            (path / name).unlink()
+        return manifest
+
+
+def _check(request: TrainRequest, context: TrainContext) -> None:
+    batch_size, size = request.recipe.batch_size, context.ranks.size
+    if batch_size % size:
+        raise ConfigError(
+            f"{size} processes cannot share a batch of {batch_size} clips evenly: choose a number "
+            "of processes that divides batch_size, or another batch_size."
+        )
+    if context.config is not None:
+        context.config.check_destination(request.out_uri)
+
+
+def _artifacts_uri(tracking_uri: str) -> str | None:
+    """Beside a database file; MLflow would put them into the current folder."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return file_uri(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "artifacts")
+
+
+def _crop_samples(recipe: Recipe, codec: Codec) -> int:
+    """Samples of a crop: whole hops, at least one."""
+    hops = round(recipe.crop_seconds * codec.sample_rate / codec.hop_length)
+    return max(1, hops) * codec.hop_length
+
+
+def _keep_variance(codec: Codec) -> None:
+    for name, child in codec.named_children():
+        if name != "ssl":
+            assert isinstance(child, nn.Module)
+            keep_variance(child)
+
+
+def finished(storage: Storage, run_uri: str) -> TrainingResult | None:
+    """What a finished run made; None while it is not finished."""
+    uri = join_uri(run_uri, RESULT_FILE)
+    if storage.head(uri) is None:
+        return None
+    return TrainingResult(**json.loads(storage.read(uri)))

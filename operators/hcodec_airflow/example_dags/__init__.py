@@ -1,0 +1,1 @@
+"""Example DAGs: copy one into the DAG folder and change it."""

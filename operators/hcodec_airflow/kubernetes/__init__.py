@@ -1,0 +1,1 @@
+"""Kubernetes as the backends use it: manifests, an asynchronous client, and why pods wait."""
