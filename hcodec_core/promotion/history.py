@@ -53,25 +53,26 @@ class History:
             self._step_uri(step.number), step.model_dump_json(indent=1).encode()
         )
 
-    def settle(self, versions: CodecVersions) -> int | None:
-        """Finish the last step if its process did not; returns the champion's version.
+    def settle(self, versions: CodecVersions) -> tuple[list[HistoryStep], int | None]:
+        """Finish the last step if its process did not; returns the steps and the champion's version.
 
-        An alias that a person moved after the last step was finished is left alone: it is what
+        Both belong together: whoever builds the next step on them creates it with the number after
+        the last of these steps, and loses to a step that came since. An alias that a person moved after the last step was finished is left alone: it is what
         readers see.
         """
         while True:
             steps = self.steps()
             if not steps:
-                return versions.aliases(self._name).get(CHAMPION)
+                return steps, versions.aliases(self._name).get(CHAMPION)
             last = steps[-1]
             if self._storage.head(self._done_uri(last.number)) is not None:
-                return self._current(last, versions)
+                return steps, self._current(last, versions)
             versions.set_alias(self._name, CHAMPION, last.to.version)
             self._storage.create(self._done_uri(last.number), b"")
             if last.kind == "promotion":
                 self._retire_challenger(last, versions)
             if self.last_number == last.number:
-                return last.to.version
+                return steps, last.to.version
 
     def _current(self, last: HistoryStep, versions: CodecVersions) -> int | None:
         found = versions.aliases(self._name).get(CHAMPION)

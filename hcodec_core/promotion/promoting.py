@@ -39,8 +39,7 @@ def promote(
     _check_registered(versions, decision)
     history = History(config, storage, name)
     for _ in range(_TRIES):
-        current = history.settle(versions)
-        steps = history.steps()
+        steps, current = history.settle(versions)
         done = _step_of(steps, decision_id)
         if done is not None:
             return done
@@ -90,8 +89,7 @@ def roll_back(
     versions = CodecVersions(config)
     history = History(config, storage, check_name(name))
     for _ in range(_TRIES):
-        current = history.settle(versions)
-        steps = history.steps()
+        steps, current = history.settle(versions)
         if expected_version is not None and current != expected_version:
             return _rolled_back(steps, expected_version, current)
         target = _champion_before(steps, current, name)

@@ -273,3 +273,21 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(bench):
     assert sorted(outcomes) == ["promoted", "refused"]
     assert bench.champion == history(bench)[-1][2]
     assert len(history(bench)) == 2
+
+
+def test_a_promotion_that_slips_in_between_looking_and_writing_is_met(bench, monkeypatch):
+    promoted(bench, "one", None)
+    slow, quick = (decision_for(bench, name, "one") for name in ("two", "three"))
+    settle = History.settle
+
+    def settle_then_lose(self, versions):
+        found = settle(self, versions)
+        monkeypatch.setattr(History, "settle", settle)
+        promote(bench.config, bench.storage, NAME, quick.decision_id)
+        return found
+
+    monkeypatch.setattr(History, "settle", settle_then_lose)
+    with pytest.raises(PromotionRefusedError, match="is version 3 now: evaluate again"):
+        promote(bench.config, bench.storage, NAME, slow.decision_id)
+    assert bench.champion == 3
+    assert len(history(bench)) == 2
