@@ -16,6 +16,7 @@ KUBECONFIG_FILE ?=
 OUT ?= .train-nano
 RANKS ?= 2
 TRACKING ?=
+SET ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -75,11 +76,11 @@ bench-dataset: $(STAMP) ## Measure how the dataset layer scales; writes docs/ben
 bench-codecs: $(STAMP) ## Measure how fast codecs encode, on CPU and on a GPU when present; writes docs/benchmarks/<machine> (half an hour)
 	$(BIN)/hcodec bench --out docs/benchmarks
 
-train-nano: $(STAMP) ## Train hcodec-nano unattended (DATA=folder of audio, OUT=.train-nano, EVAL=folder to score on); goes on where it stopped
+train-nano: $(STAMP) ## Train hcodec-nano unattended (DATA=folder of audio, OUT=.train-nano, EVAL=folder to score on, SET="steps=8000 ..."); goes on where it stopped
 	@[ -n "$(DATA)" ] || { echo "Name a folder of audio: make train-nano DATA=/audio/speech [OUT=folder] [EVAL=folder]"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m hcodec_core.training.launch --standalone --nproc-per-node $(RANKS) -m hcodec_core.cli train \
 	  --recipe nano --data "$(DATA)" --data tests/corpus/clips --out "$(OUT)" --scratch "$(OUT)/scratch"$(if $(TRACKING), --tracking $(TRACKING)) \
-	  --licence Apache-2.0 --resume
+	  --licence Apache-2.0 --resume $(foreach entry,$(SET),--set $(entry))
 	$(if $(EVAL),$(BIN)/hcodec evaluate --codec "$(OUT)/codec" --audio "$(EVAL)" --against hcodec-nano --out "$(OUT)/evaluation")
 
 lint: $(STAMP) ## ruff: style and format

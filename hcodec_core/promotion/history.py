@@ -54,11 +54,11 @@ class History:
         )
 
     def settle(self, versions: CodecVersions) -> tuple[list[HistoryStep], int | None]:
-        """Finish the last step if its process did not; returns the steps and the champion's version.
+        """Finish the last step if its process did not; returns steps and champion's version.
 
-        Both belong together: whoever builds the next step on them creates it with the number after
-        the last of these steps, and loses to a step that came since. An alias that a person moved after the last step was finished is left alone: it is what
-        readers see.
+        Both belong together: a step that is built on them has the number after the last of these
+        steps, and is not created when another came since. An alias that a person moved after the
+        last step was finished is left alone: it is what readers see.
         """
         while True:
             steps = self.steps()
