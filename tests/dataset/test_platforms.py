@@ -1,4 +1,4 @@
-"""The table as other engines see it, without this package: DuckDB, Polars, Arrow, two catalogs."""
+"""The table as other engines see it, without this package: DuckDB, Polars, Spark, two catalogs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from hcodec_core.dataset.reader import open_dataset
+from hcodec_core.dataset.schema import columns_of
 from hcodec_core.dataset.table import load_table
 from hcodec_core.dataset.versions import list_versions, rollback
 from hcodec_core.errors import CommitConflictError
 from tests.dataset.factories import World
 from tests.dataset.postgres import PostgresWorld
+from tests.dataset.spark import VERSION, SparkMissingError, find_spark, read_with_spark
 
 FIELDS = ("uri", "num_frames", "semantic", "acoustic", "metadata")
+# Names of column kinds in Spark, where they are others.
+SPARK_KINDS = {"long": "bigint", "list<int>": "array<int>"}
 
 
 @pytest.fixture
@@ -86,6 +90,27 @@ def test_arrow_reads_the_files(filled: World) -> None:
     tables = [pq.read_table(path, columns=list(FIELDS)) for path in data_paths(filled, "v2")]
     rows = sorted((row for t in tables for row in t.to_pylist()), key=lambda row: row["uri"])
     assert rows == truth(filled, "v2")
+
+
+@pytest.mark.slow
+def test_spark_reads_the_files_of_a_version(filled: World) -> None:
+    try:
+        packages = find_spark()
+    except SparkMissingError as missing:
+        pytest.skip(str(missing))
+    paths = {version: data_paths(filled, version) for version in ("v1", "v2")}
+    found = read_with_spark(packages, paths, FIELDS)
+    assert found["spark"] == VERSION
+    for version in paths:
+        seen, expected = found["versions"][version], truth(filled, version)
+        assert seen["rows"] == expected
+        assert [row["uri"] for row in expected] == [
+            filled.uri(f"{n}.wav") for n in {"v1": "abc", "v2": "bcd"}[version]
+        ]
+        codes = [code for row in expected for code in row["acoustic"]]
+        assert seen["sums"] == {"rows": 3, "codes": len(codes), "sum_of_codes": sum(codes)}
+        kinds = {column.name: column.kind for column in columns_of(filled.manifest)}
+        assert seen["schema"] == {name: SPARK_KINDS.get(k, k) for name, k in kinds.items()}
 
 
 def test_a_postgresql_catalog_keeps_versions(
