@@ -1,4 +1,4 @@
-"""``hcodec train``, and the train jobs of ``hcodec run``.
+"""``hcodec train``, ``hcodec export-codec``, and the train jobs of ``hcodec run``.
 
 Several processes train together when a launcher (torchrun, Kubeflow) says so by the environment
 variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
@@ -36,7 +36,8 @@ _PEER_WORDS = ("gloo", "nccl", "connection closed", "connection reset")
 
 
 def add_commands(commands: Commands) -> None:
-    """Register the command."""
+    """Register the commands."""
+    _add_export(commands)
     parser = commands.add_parser("train", help="train a codec; also under torchrun")
     parser.add_argument(
         "--recipe", required=True, help="name of a recipe that ships, or a TOML file"
@@ -73,6 +74,48 @@ def add_commands(commands: Commands) -> None:
     add_config(parser)
     add_json(parser)
     parser.set_defaults(handler=_train)
+
+
+def _add_export(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "export-codec", help="make a codec of a training run's checkpoint, also while it trains"
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run (--out of hcodec train)")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        help="last, best (of the run's validation) or a step (default: best)",
+    )
+    parser.add_argument("--to", default=None, help="folder (default: below RUN/exports)")
+    parser.add_argument("--licence", default=None, help="licence of the weights, if not the run's")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for the checkpoint")
+    add_config(parser)
+    add_json(parser)
+    parser.set_defaults(handler=_export_codec)
+
+
+def _export_codec(options: argparse.Namespace, output: Output) -> None:
+    from hcodec_core.config import StorageConfig
+    from hcodec_core.storage import open_storage
+    from hcodec_core.training.run import (
+        TrainContext,
+        TrainOptions,
+        export_checkpoint,
+        read_request,
+    )
+
+    config = load_config(options.config) if options.config.exists() else None
+    context = TrainContext(
+        storage=StorageConfig() if config is None else config.storage, config=config
+    )
+    request = read_request(open_storage(context.storage), _as_uri(options.run), options.licence)
+    to_uri = "" if options.to is None else _as_uri(options.to)
+    with _scratch(options.scratch) as scratch_path:
+        made = export_checkpoint(
+            request, options.checkpoint, to_uri, TrainOptions(scratch_path), context
+        )
+    score = "" if made.score is None else f", validation/mel {made.score:.4f}"
+    output.result(asdict(made), f"Codec of step {made.step}{score}: {made.codec_uri}")
 
 
 def _train(options: argparse.Namespace, output: Output) -> None:

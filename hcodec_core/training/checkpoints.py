@@ -125,6 +125,7 @@ class Checkpoints:
             _check_same(facts, recipe_digest, data_digest)
             if self._load(facts, tensors):
                 return facts
+            logger.warning("Going back to the checkpoint before step %d.", step)
         if any(MARKER in names for names in self._ranks.from_first(self._listing()).values()):
             raise CheckpointError(
                 f"No checkpoint under {join_uri(self._place.run_uri, FOLDER)} is whole: see the "
@@ -132,15 +133,53 @@ class Checkpoints:
             )
         return None
 
+    def choose(self, choice: str) -> CheckpointFacts:
+        """A complete checkpoint: ``last``, ``best`` (of those that were validated) or a step.
+
+        Raises ``ConfigError`` naming those there are when there is none such.
+        """
+        known = self._complete()
+        scored = [facts for facts in known if facts.score is not None]
+        if choice == "last" and known:
+            return known[-1]
+        if choice == "best" and scored:
+            return min(scored, key=lambda facts: facts.score or 0.0)
+        chosen = [facts for facts in known if str(facts.step) == choice]
+        if chosen:
+            return chosen[0]
+        steps = ", ".join(str(facts.step) for facts in known) or "no complete one"
+        raise ConfigError(
+            f"There is no checkpoint {choice!r} under {join_uri(self._place.run_uri, FOLDER)}: it "
+            f"has {steps}; name one of these steps, 'last' or 'best'."
+        )
+
+    def load(
+        self, facts: CheckpointFacts, tensors: Mapping[str, Tensor], recipe_digest: str
+    ) -> None:
+        """Fill ``tensors`` from one checkpoint, whatever data it was made from.
+
+        Raises ``ConfigError`` when it was made under another recipe, ``CheckpointError`` when it is
+        not whole.
+        """
+        _check_same(facts, recipe_digest, facts.data_digest)
+        if not self._load(facts, tensors):
+            raise CheckpointError(
+                f"The checkpoint of step {facts.step} is damaged, or the run has just removed it "
+                "(see the warning above): take another one."
+            )
+
+    def _complete(self) -> list[CheckpointFacts]:
+        """Checkpoints with a marker, oldest first."""
+        steps = sorted(self._listing())
+        return [facts for step in steps if (facts := self._facts(step)) is not None]
+
     def _load(self, facts: CheckpointFacts, tensors: Mapping[str, Tensor]) -> bool:
         with self._scratch() as path:
             fault = self._download(facts, path)
             faults = [text for text in self._ranks.gather(fault) if text]
             if faults:
                 logger.warning(
-                    "The checkpoint of step %d cannot be used (%s): going back to the one before.",
-                    facts.step,
-                    faults[0],
+                    "The checkpoint of step %d cannot be used: %s", facts.step, faults[0]
                 )
                 return False
             _read_shards(tensors, path)
@@ -183,8 +222,7 @@ class Checkpoints:
             raise StorageError(f"The checkpoint could not be written: {texts[0]}") from failure
 
     def _prune(self) -> None:
-        known = [facts for step in self._listing() if (facts := self._facts(step)) is not None]
-        known.sort(key=lambda facts: facts.step)
+        known = self._complete()
         scored = [facts for facts in known if facts.score is not None]
         best = min(scored, key=lambda facts: facts.score or 0.0).step if scored else None
         kept = {facts.step for facts in known[-self._place.keep_last :]} | {best}

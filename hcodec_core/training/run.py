@@ -10,6 +10,7 @@ The run's folder holds
     workers/<id>.json           ``WorkerProgress``
     codec/                      the codec, once training is over
     results/training.json       ``TrainingResult``; written last
+    exports/step-.../           codecs of checkpoints that somebody asked for
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 from hcodec_core import __version__
 from hcodec_core.codecs import load_manifest
 from hcodec_core.config import Config, StorageConfig
-from hcodec_core.errors import ConfigError, HCodecError
+from hcodec_core.errors import ConfigError, HCodecError, ObjectMissingError
 from hcodec_core.models.base import Codec
 from hcodec_core.models.conversion import read_ssl_model
 from hcodec_core.models.loading import CodecCard, load_codec, save_codec
@@ -43,7 +44,7 @@ from hcodec_core.training.keys import seed_of
 from hcodec_core.training.learner import Learner
 from hcodec_core.training.objective import freeze, objective_for
 from hcodec_core.training.ranks import Ranks
-from hcodec_core.training.recipe import Recipe
+from hcodec_core.training.recipe import Recipe, recipe_of
 from hcodec_core.training.sources import (
     SourceFile,
     Sources,
@@ -58,7 +59,7 @@ from hcodec_core.training.trainer import Surroundings, Trainer, TrainProgress
 logger = logging.getLogger(__name__)
 
 RUN_FILE, FILES_FILE, RESULT_FILE = "run.json", "files.parquet", "results/training.json"
-CODEC_FOLDER = "codec"
+CODEC_FOLDER, EXPORTS_FOLDER = "codec", "exports"
 _BASE_SETTINGS = EncodeSettings(compute_class="training")
 
 
@@ -130,6 +131,16 @@ class TrainingResult:
     scores: dict[str, float]
 
 
+@dataclass(frozen=True)
+class ExportedCodec:
+    """A codec made of a checkpoint after ``step`` steps; ``score`` is its validation's, if any."""
+
+    codec_uri: str
+    codec_digest: str
+    step: int
+    score: float | None
+
+
 def train(request: TrainRequest, options: TrainOptions, context: TrainContext) -> TrainingResult:
     """Train a codec to the end of its recipe and export it; called by every rank.
 
@@ -144,6 +155,49 @@ def train(request: TrainRequest, options: TrainOptions, context: TrainContext) -
     return run.go()
 
 
+def export_checkpoint(
+    request: TrainRequest, choice: str, codec_uri: str, options: TrainOptions, context: TrainContext
+) -> ExportedCodec:
+    """Write the codec that training would export at a checkpoint; the run itself may go on.
+
+    Args:
+        request: The run's, see ``read_request``.
+        choice: ``last``, ``best`` (of the validation) or a step.
+        codec_uri: Where to; empty: below ``exports`` in the run's folder.
+        options: Scratch folder and threads.
+        context: One process; storage and allow-lists.
+
+    Raises:
+        ConfigError: There is no such checkpoint; names those there are.
+        CheckpointError: The checkpoint is damaged.
+    """
+    return _Run(request, options, context).export(choice, codec_uri)
+
+
+def read_request(storage: Storage, run_uri: str, licence: str | None = None) -> TrainRequest:
+    """What a run's folder says of itself. ``licence``: of the weights, in place of the run's.
+
+    Raises ``ConfigError`` when the folder holds no training run.
+    """
+    uri = join_uri(run_uri, RUN_FILE)
+    try:
+        facts = json.loads(storage.read(uri))
+        recipe, data_uris = facts["recipe"], tuple(facts["data"])
+    except (ObjectMissingError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{run_uri} holds no training run ({RUN_FILE} is missing or damaged): name the folder "
+            "that training was given with --out."
+        ) from error
+    return TrainRequest(
+        recipe=recipe_of(recipe, uri),
+        data_uris=data_uris,
+        out_uri=run_uri,
+        base_uri=facts.get("base"),
+        teacher=facts.get("teacher"),
+        licence=licence or facts.get("licence", "unknown"),
+    )
+
+
 class _Run:
     def __init__(self, request: TrainRequest, options: TrainOptions, context: TrainContext) -> None:
         self.request, self.options, self.context = request, options, context
@@ -154,19 +208,36 @@ class _Run:
     def go(self) -> TrainingResult:
         torch.set_num_threads(self.options.num_threads)
         torch.backends.cudnn.benchmark = False
-        device = torch.device(self.options.device)
         codec = self._codec()
         sources, identity = self._pin(codec)
         logger.info(
             "Training on %d files, %d held out.", len(sources.training), len(sources.held_out)
         )
-        codec.to(device)
-        freeze(codec, self.recipe)
-        learner = Learner(objective_for(codec, self.recipe), self.recipe, self.ranks, device)
+        learner = self._learner(codec)
         if self.request.base_uri is not None:
             self._keep_codebooks(learner)
         scores = self._train(learner, sources, identity)
         return self._export(learner, sources, identity, scores)
+
+    def export(self, choice: str, codec_uri: str) -> ExportedCodec:
+        """See ``export_checkpoint``."""
+        learner = self._learner(self._codec())
+        checkpoints = Checkpoints(self._place(), self.ranks)
+        facts = checkpoints.choose(choice)
+        checkpoints.load(facts, learner.tensors(), self._recipe_digest())
+        name = f"step-{facts.step:09d}"
+        codec_uri = codec_uri or join_uri(self.request.out_uri, EXPORTS_FOLDER, name)
+        if self.context.config is not None:
+            self.context.config.check_destination(codec_uri)
+        with learner.as_exported():
+            manifest = self._write_codec(learner.objective.codec, codec_uri, facts)
+        return ExportedCodec(codec_uri, manifest.digest, facts.step, facts.score)
+
+    def _learner(self, codec: Codec) -> Learner:
+        device = torch.device(self.options.device)
+        codec.to(device)
+        freeze(codec, self.recipe)
+        return Learner(objective_for(codec, self.recipe), self.recipe, self.ranks, device)
 
     def _train(
         self, learner: Learner, sources: Sources, identity: CheckpointFacts
@@ -246,12 +317,15 @@ class _Run:
         base = self._base_digest()
         identity = CheckpointFacts(
             step=0,
-            recipe_digest=digest_of([self.recipe.digest, base]),
+            recipe_digest=self._recipe_digest(),
             data_digest=sources.digest,
             num_ranks=self.ranks.size,
             build=build | ({"base": base} if base else {}),
         )
         return sources, identity
+
+    def _recipe_digest(self) -> str:
+        return digest_of([self.recipe.digest, self._base_digest()])
 
     def _base_digest(self) -> str:
         if self.request.base_uri is None:
@@ -289,6 +363,8 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "data": list(request.data_uris),
             "base": request.base_uri,
+            "teacher": request.teacher,
+            "licence": request.licence,
         }
         run_uri = join_uri(request.out_uri, RUN_FILE)
         self.storage.write(run_uri, json.dumps(facts, indent=1).encode())
@@ -337,22 +413,24 @@ class _Run:
     def _surroundings(
         self, identity: CheckpointFacts, num_files: int, tracker: Tracker
     ) -> Surroundings:
-        place = CheckpointPlace(
-            self.storage,
-            self.request.out_uri,
-            self.options.scratch_path,
-            self.recipe.cadence.keep_last,
-        )
         return Surroundings(
             storage=self.storage,
             run_uri=self.request.out_uri,
             identity=identity,
-            checkpoints=Checkpoints(place, self.ranks),
+            checkpoints=Checkpoints(self._place(), self.ranks),
             num_files=num_files,
             stop=self.context.stop,
             tracker=tracker,
             report=self.context.report,
             worker_id=self.options.worker_id,
+        )
+
+    def _place(self) -> CheckpointPlace:
+        return CheckpointPlace(
+            self.storage,
+            self.request.out_uri,
+            self.options.scratch_path,
+            self.recipe.cadence.keep_last,
         )
 
     def _export(
@@ -366,7 +444,8 @@ class _Run:
         digest = ""
         if self.ranks.is_first:
             with learner.as_exported():
-                manifest = self._write_codec(learner.objective.codec, codec_uri, identity)
+                facts = identity.model_copy(update={"step": self.recipe.steps})
+                manifest = self._write_codec(learner.objective.codec, codec_uri, facts)
             digest = manifest.digest
         result = TrainingResult(
             codec_uri=codec_uri,
@@ -383,17 +462,15 @@ class _Run:
             self.storage.write(join_uri(self.request.out_uri, RESULT_FILE), text.encode())
         return result
 
-    def _write_codec(
-        self, codec: Codec, codec_uri: str, identity: CheckpointFacts
-    ) -> CodecManifest:
+    def _write_codec(self, codec: Codec, codec_uri: str, facts: CheckpointFacts) -> CodecManifest:
         recipe = self.recipe
         card = CodecCard(
             name=recipe.codec if self.request.base_uri is None else codec.spec.manifest.name,
             is_trained=True,
             weights_licence=self.request.licence,
             source=(
-                f"recipe {recipe.name} ({identity.recipe_digest[:12]}), {recipe.steps} steps, seed "
-                f"{recipe.seed}, data {identity.data_digest[:12]}"
+                f"recipe {recipe.name} ({facts.recipe_digest[:12]}), {facts.step} steps, seed "
+                f"{recipe.seed}, data {facts.data_digest[:12]}"
             ),
         )
         path = self.options.scratch_path / CODEC_FOLDER
