@@ -86,6 +86,8 @@ class Engine:
             segment_seconds=settings.segment_seconds,
             halo_seconds=settings.halo_seconds,
         )
+        runs_alone = self._is_exact and settings.shapes.max_rows == 1
+        self._solo = codec.solo_encoder() if runs_alone else None
         self._encoder, self._decoder = (
             BatchRunner(codec.device, self.mode, settings.shapes) for _ in range(2)
         )
@@ -245,6 +247,8 @@ class Engine:
     def _encode_batch(
         self, batch: Batch, clips: Sequence[Clip], cuts: Sequence[Cuts] | None
     ) -> list[tuple[int, ClipTokens]]:
+        if self._solo is not None:
+            return [(index, self._encode_alone(clips[index])) for index in batch.indices]
         audio = np.zeros((batch.num_rows, 1, batch.size), dtype=np.float32)
         num_samples = np.zeros(batch.num_rows, dtype=np.int64)
         for row, index in enumerate(batch.indices):
@@ -253,6 +257,11 @@ class Engine:
         starts = None if cuts is None else self._starts(batch, cuts)
         tokens = self.codec.encode(torch.from_numpy(audio), torch.from_numpy(num_samples), starts)
         return [(index, _clip_of(tokens, row)) for row, index in enumerate(batch.indices)]
+
+    def _encode_alone(self, clip: Clip) -> ClipTokens:
+        assert self._solo is not None
+        codes = self._solo(clip)
+        return ClipTokens(codes, self.codec.spec.num_frames(len(clip)), len(clip))
 
     def _decode_batch(
         self,

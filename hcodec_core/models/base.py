@@ -9,14 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hcodec_core.errors import AudioError, ConfigError, ForeignTokensError, QuarantineReason
-from hcodec_core.tokens import CodecSpec, TokenBatch, check_tokens
+from hcodec_core.tokens import CodecSpec, Codes, TokenBatch, check_tokens
 
 if TYPE_CHECKING:
     from hcodec_core.models.registry import FamilyConfig
@@ -68,6 +68,13 @@ class TokenStarts:
 
     frames: Tensor
     is_complete: bool = False
+
+
+class SoloEncoder(Protocol):
+    """Encodes one clip alone on a CPU: the codes that ``Codec.encode`` gives it, sooner."""
+
+    def __call__(self, clip: np.ndarray[Any, np.dtype[np.float32]]) -> Mapping[str, Codes]:
+        """Codes of each stream int32 [Q, T] of a clip float32 [N], N at least 1 and finite."""
 
 
 class Codec(nn.Module, ABC):
@@ -180,7 +187,7 @@ class Codec(nn.Module, ABC):
         """
         num_samples = num_samples.to(self.device)
         audio = _zero_past_end(audio.to(self.device, self.dtype), num_samples, self.hop_length)
-        self.eval()
+        self._stop_training()
         with torch.inference_mode():
             if starts is None or not self.is_variable_rate:
                 frames = self._encode(audio, num_samples.clamp(min=1), with_margins)
@@ -214,7 +221,7 @@ class Codec(nn.Module, ABC):
         audio = torch.zeros(len(tokens), 1, longest, device=self.device, dtype=self.dtype)
         if longest == 0:
             return audio
-        self.eval()
+        self._stop_training()
         with torch.inference_mode():
             decoded = self._decode(frames)[:, :, :longest]
             audio[:, :, : decoded.shape[2]] = decoded
@@ -243,6 +250,13 @@ class Codec(nn.Module, ABC):
         A clip's codes must depend on its own samples alone, whatever else is in the batch.
         """
 
+    def solo_encoder(self) -> SoloEncoder | None:
+        """What encodes a clip alone on a CPU sooner than ``encode`` does; None: nothing does.
+
+        The codec's weights must not change while it is used.
+        """
+        return None
+
     def _encode_from(
         self, audio: Tensor, num_samples: Tensor, with_margins: bool, starts: TokenStarts
     ) -> FrameCodes:
@@ -261,6 +275,11 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def identity(self, part: Part) -> Mapping[str, Any]:
         """Configuration (JSON-able) that decides results of ``part`` beside its tensors."""
+
+    def _stop_training(self) -> None:
+        # eval() visits every module twice and sets attributes: 2.5 ms that short clips feel.
+        if any(module.training for module in self.modules()):
+            self.eval()
 
     def _frames_of(self, tokens: TokenBatch, num_codebooks: int | None) -> FrameCodes:
         if num_codebooks is not None and num_codebooks < 1:

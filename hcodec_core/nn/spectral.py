@@ -26,13 +26,14 @@ def spectrum(audio: Tensor, n_fft: int, hop_length: int) -> Tensor:
     return spectra.transpose(1, 2)
 
 
-def log_mel(audio: Tensor, n_fft: int, hop_length: int, num_mels: int, sample_rate: int) -> Tensor:
+def log_mel(audio: Tensor, bank: Tensor, hop_length: int) -> Tensor:
     """Natural logarithm of the mel magnitudes, at least 1e-5: [B, N] -> [B, num_mels, T].
 
-    In the type of ``audio`` also under autocast.
+    ``bank``: [num_mels, n_fft / 2 + 1], see ``mel_bank``. In the type of ``audio`` also under
+    autocast.
     """
-    magnitudes = spectrum(audio, n_fft, hop_length).abs()
-    bank = mel_bank(num_mels, n_fft, sample_rate).to(audio)
+    magnitudes = spectrum(audio, 2 * (bank.shape[1] - 1), hop_length).abs()
+    bank = bank.to(audio)
     with torch.autocast(audio.device.type, enabled=False):
         return (bank @ magnitudes).clamp(min=1e-5).log()
 

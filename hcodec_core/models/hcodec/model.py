@@ -29,16 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcodec_core.models.base import Codec, FrameCodes, Part, TokenStarts
+from hcodec_core.models.base import Codec, FrameCodes, Part, SoloEncoder, TokenStarts
 from hcodec_core.models.hcodec.config import (
     SSL_SAMPLE_RATE,
     AdaptiveHCodecConfig,
     HCodecConfig,
-    MelConfig,
     SeanetHCodecConfig,
     SpectralHCodecConfig,
     config_of,
 )
+from hcodec_core.models.hcodec.solo import HCodecSolo
 from hcodec_core.nn.aggregator import QueryAggregator
 from hcodec_core.nn.conv import RepeatUpsample1d, SubPixelUpsample1d
 from hcodec_core.nn.grouping import Groups, similarity_to_previous, split_long_runs, spread
@@ -50,7 +50,7 @@ from hcodec_core.nn.resample import sinc_resample
 from hcodec_core.nn.resnet import ChannelLayerNorm, ConvNeXtBlock, ResnetBlock
 from hcodec_core.nn.seanet import SeanetConfig, SeanetEncoder
 from hcodec_core.nn.semantic import SemanticDecoder, SemanticEncoder
-from hcodec_core.nn.spectral import IstftHead, log_mel
+from hcodec_core.nn.spectral import IstftHead, log_mel, mel_bank
 from hcodec_core.nn.spectral_encoder import SpectralEncoder, SpectralEncoderConfig
 from hcodec_core.nn.ssl import SslModel
 from hcodec_core.nn.transformer import LstmTransformer
@@ -153,8 +153,7 @@ class HCodec(Codec):
             lengths: Valid samples, hop multiples.
         """
         if self.ssl is None:
-            assert self.config.mel is not None
-            return _mel_features(audio[:, 0], self.config.mel, self.sample_rate)
+            return self.mel_features(audio, self.mel_bank())
         speech = sinc_resample(audio[:, 0], lengths, self.sample_rate, SSL_SAMPLE_RATE)
         valid = lengths.valid * SSL_SAMPLE_RATE // self.sample_rate
         padded = F.pad(speech, (_SSL_MARGIN, _SSL_MARGIN))
@@ -167,6 +166,16 @@ class HCodec(Codec):
         ]
         mean = torch.stack(states).mean(dim=0)
         return (mean.sign() * mean.abs().pow(0.3)).transpose(1, 2)
+
+    def mel_bank(self) -> Tensor:
+        """Filters of ``mel_features``, [num_mels, F]."""
+        assert self.config.mel is not None
+        return mel_bank(self.config.mel.num_mels, self.config.mel.n_fft, self.sample_rate)
+
+    def mel_features(self, audio: Tensor, bank: Tensor) -> Tensor:
+        """Log-mel features [B, num_mels, T] of [B, 1, N], about -1..1 (silence -1.15)."""
+        assert self.config.mel is not None
+        return (log_mel(audio[:, 0], bank, self.config.mel.hop_length) + 3.0) / 7.4
 
     def embed(self, audio: Tensor, num_samples: Tensor) -> tuple[dict[str, Tensor], Lengths]:
         """Unquantised latents of each stream, [B, latent_dim, T], and their lengths in base frames.
@@ -204,6 +213,11 @@ class HCodec(Codec):
         latents = self._latents(frames)
         audio: Tensor = self.decoder(latents, Lengths(frames.num_frames, latents.shape[2]))
         return audio
+
+    def solo_encoder(self) -> SoloEncoder | None:
+        """Encoder for clips alone on a CPU; None where it has no advantage."""
+        is_plain = type(self) is HCodec and self.device.type == "cpu"
+        return HCodecSolo(self) if is_plain else None
 
     @classmethod
     def part_of(cls, key: str) -> Part:
@@ -385,9 +399,3 @@ def _transformer(dim: int, num_heads: int, num_layers: int) -> LstmTransformer:
 
 def _margins(quantised: Mapping[str, Quantised]) -> dict[str, Tensor]:
     return {name: q.margins for name, q in quantised.items() if q.margins is not None}
-
-
-def _mel_features(audio: Tensor, config: MelConfig, sample_rate: int) -> Tensor:
-    """Log-mel features brought to about -1..1 (silence to -1.15)."""
-    mels = log_mel(audio, config.n_fft, config.hop_length, config.num_mels, sample_rate)
-    return (mels + 3.0) / 7.4
