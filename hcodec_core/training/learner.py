@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hcodec_core.errors import DivergedError
 from hcodec_core.models.base import Part
-from hcodec_core.training.batches import Batch, Origin
+from hcodec_core.training.batches import Batch, Origin, Share
 from hcodec_core.training.discriminators import Discriminators
 from hcodec_core.training.keys import seed_of
 from hcodec_core.training.losses import (
@@ -49,6 +49,7 @@ class Learner:
     ) -> None:
         """The codec must be on ``device``, with its parts frozen as the recipe says."""
         self.objective, self.recipe, self.ranks, self.device = objective, recipe, ranks, device
+        self.share = Share(recipe.batch_size, ranks.rank, ranks.size)
         codec = objective.codec
         trained = [(n, p) for n, p in codec.named_parameters() if p.requires_grad]
         self.generator = TrainedPart(
@@ -118,7 +119,7 @@ class Learner:
         set_training(self.objective.codec)
         audio = batch.audio.to(self.device, non_blocking=True)
         with self._autocast():
-            result = self.objective.generate(audio, step)
+            result = self.objective.generate(audio, step, self.share.indices(step))
         estimate = result.audio.float()
         numbers: dict[str, Tensor] = {}
         if self._is_adversarial_at(step):

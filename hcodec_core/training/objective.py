@@ -9,14 +9,16 @@ Shape letters: B batch, N sample, D feature, T frame.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hcodec_core.errors import ConfigError
 from hcodec_core.models.base import Codec, Part
+from hcodec_core.nn.lengths import Lengths
 from hcodec_core.training.quantizer import QuantizerPass, QuantizerTrainer
 from hcodec_core.training.recipe import Recipe
 
@@ -51,11 +53,12 @@ class Objective(Protocol):
     def latents(self, audio: Tensor) -> Mapping[str, Tensor]:
         """Latents [B, D, T] of each stream, from which codebooks start; without gradients."""
 
-    def generate(self, audio: Tensor, step: int) -> GeneratorPass:
+    def generate(self, audio: Tensor, step: int, samples: Sequence[int]) -> GeneratorPass:
         """The training pass over full crops [B, 1, N], N a hop multiple.
 
-        What is drawn must follow from the recipe's seed and ``step`` alone; dropout uses torch's
-        global generator, which the trainer seeds for each step and rank.
+        ``samples``: number of each row among all samples of the run. What is drawn must follow from
+        the recipe's seed with ``step`` or a sample's number alone; dropout uses torch's global
+        generator, which the trainer seeds for each step and rank.
         """
 
     def reconstruct(self, audio: Tensor) -> Tensor:
@@ -90,3 +93,8 @@ def set_training(codec: Codec) -> None:
     codec.training = True
     for child in codec.children():
         child.train(any(parameter.requires_grad for parameter in child.parameters()))
+
+
+def full_lengths(x: Tensor) -> Lengths:
+    """Lengths of a batch of whole crops: [B, D, T] without padding."""
+    return Lengths(torch.full((len(x),), x.shape[2], device=x.device), x.shape[2])

@@ -91,7 +91,8 @@ class QuantizerTrainer:
                 hits = F.one_hot(codes, len(book)).to(x.dtype) * valid.view(-1, 1)
                 counts.append(hits.sum(dim=0))
                 sums.append(hits.T @ points)
-                candidates.append(_spread_out(points if mask is None else points[mask.flatten()]))
+                told = points if mask is None else points[mask.flatten()]
+                candidates.append(spread_out(told, _NUM_CANDIDATES))
                 total = total + self._with_gradient(residual, entries)
                 residual = residual - entries
             if self.recipe.gradient == "straight-through":
@@ -201,7 +202,7 @@ def kmeans(points: Tensor, num_centres: int, num_steps: int, generator: torch.Ge
     return centres
 
 
-def _spread_out(points: Tensor) -> Tensor:
-    """A fixed number of points at even distances, some twice where there are too few."""
-    places = torch.arange(_NUM_CANDIDATES, device=points.device) * len(points) // _NUM_CANDIDATES
+def spread_out(points: Tensor, num_wanted: int) -> Tensor:
+    """So many of the points [P, D] at even distances, some twice where there are too few."""
+    places = torch.arange(num_wanted, device=points.device) * len(points) // num_wanted
     return points[places]

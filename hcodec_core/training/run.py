@@ -31,7 +31,6 @@ from hcodec_core.codecs import load_manifest
 from hcodec_core.config import Config, StorageConfig
 from hcodec_core.errors import ConfigError, HCodecError, ObjectMissingError
 from hcodec_core.models.base import Codec
-from hcodec_core.models.conversion import read_ssl_model
 from hcodec_core.models.loading import CodecCard, load_codec, save_codec
 from hcodec_core.models.registry import build_codec, family_of, presets
 from hcodec_core.nn.initial import keep_variance
@@ -53,6 +52,7 @@ from hcodec_core.training.sources import (
     split_sources,
     write_sources,
 )
+from hcodec_core.training.teacher import take_teacher
 from hcodec_core.training.tracking import MlflowTracker, NoTracker, TrackedRun, Tracker
 from hcodec_core.training.trainer import Surroundings, Trainer, TrainProgress
 
@@ -276,26 +276,8 @@ class _Run:
             codec = build_codec(family, presets(family)[self.recipe.codec]().architecture())
             if self.recipe.initial == "keep-variance":
                 _keep_variance(codec)
-        self._take_teacher(codec)
+        take_teacher(codec, request.teacher, self.recipe.codec)
         return codec
-
-    def _take_teacher(self, codec: Codec) -> None:
-        ssl = getattr(codec, "ssl", None)
-        if ssl is None:
-            return
-        if self.request.teacher is None:
-            raise ConfigError(
-                f"Codec {self.recipe.codec} learns from an SSL model, which has no weights yet: "
-                "name its folder with --teacher, or a codec to go on from with --base."
-            )
-        _, tensors = read_ssl_model(self.request.teacher)
-        try:
-            ssl.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"The SSL model {self.request.teacher!r} does not fit codec {self.recipe.codec} "
-                f"({str(error).splitlines()[-1].strip()})."
-            ) from error
 
     def _keep_codebooks(self, learner: Learner) -> None:
         hop = learner.objective.codec.hop_length

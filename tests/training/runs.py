@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from hcodec_core.models.hcodec.config import tiny
 from hcodec_core.nn.ssl import SslModel
+from hcodec_core.nn.ssl_config import SslConfig
 from hcodec_core.training.synthetic import synthesise
 
 RATE = 16_000
@@ -32,10 +33,10 @@ def write_clips(folder_path: Path, num_files: int, seconds: float = 1.5, rate: i
     return f"file://{folder_path}"
 
 
-def write_teacher(folder_path: Path) -> Path:
-    """An SSL model of the tiny codec's shape, as a transformers folder."""
+def write_teacher(folder_path: Path, config: SslConfig | None = None) -> Path:
+    """An SSL model as a transformers folder; by default of the tiny codec's shape."""
     folder_path.mkdir(parents=True, exist_ok=True)
-    config = tiny().ssl
+    config = config or tiny().ssl
     assert config is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

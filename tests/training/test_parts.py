@@ -42,7 +42,7 @@ SMALL = DiscriminatorRecipe(
 
 
 def test_recipes_that_ship_can_be_read():
-    assert {"nano", "tiny", "hcodec-1.0"} <= set(recipe_names())
+    assert {"nano", "tiny", "hcodec-1.0", "hcodec-1.5"} <= set(recipe_names())
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.name == name

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import finish, history_of, kill, start_ranks, write_clips, write_teacher
 
+from hcodec_core.models.hcodec.config import tiny_1_5
+
 STEPS = 12
 
 
@@ -103,6 +105,19 @@ def test_a_damaged_checkpoint_is_passed_over(place: Path, whole: Path):
 def test_worker_processes_change_nothing(place: Path, whole: Path):
     finish(start_ranks(arguments(place, "workers", num_workers=1), 2))
     check_same(place / "workers", whole)
+
+
+@pytest.mark.slow
+def test_an_adaptive_codec_killed_and_resumed(place: Path):
+    """H-Codec 1.5: thresholds, groups and first codebooks must come back too."""
+    teacher = write_teacher(place / "teacher-1.5", tiny_1_5().ssl)
+    more = ["--set", "codec=hcodec-1.5-tiny", "--teacher", str(teacher)]
+    finish(start_ranks(arguments(place, "whole-1.5", *more), 2))
+    ranks = start_ranks(arguments(place, "killed-1.5", *more), 2)
+    ranks[0].wait_for_step(random.randint(6, STEPS - 2))
+    kill(ranks)
+    finish(start_ranks(arguments(place, "killed-1.5", *more), 2))
+    check_same(place / "killed-1.5", place / "whole-1.5")
 
 
 def test_bad_files_are_named_once(whole: Path):
