@@ -107,16 +107,31 @@ class LockDatasetOperator(DatasetOperator):
 
 
 class ReleaseLockOperator(DatasetOperator):
-    """Gives the dataset's lock back, whatever became of the run."""
+    """Gives the dataset's lock back, whatever became of the run, and stops workers left by it.
+
+    Args:
+        job_task: Id of the run's ``CodecJobOperator``, whose workers shall not outlive the run;
+            empty when it has none.
+    """
 
     ui_color = "#f3e6c8"
 
+    def __init__(self, *, job_task: str = "", **kwargs: Any) -> None:
+        """Keep the task's id."""
+        super().__init__(**kwargs)
+        self.job_task = job_task
+
     def execute(self, context: Context) -> None:
         """See the class."""
+        from hcodec_airflow.leftovers import stop_leftovers
         from hcodec_airflow.locking import release_lock
 
         with task_failures():
-            release_lock(self.lock)
+            try:
+                if self.job_task:
+                    stop_leftovers(context["ti"], self.job_task)
+            finally:
+                release_lock(self.lock)
 
 
 class InventoryOperator(DatasetOperator):

@@ -1,9 +1,10 @@
 """``python -m hcodec_airflow.janitor``: deletes Jobs that no task of Airflow wants any more.
 
-The operator ends its Jobs itself; what is left to this program is what no code of a task can see:
-a DAG run deleted, a task marked failed while no triggerer was up. It looks at the Jobs that carry
-our labels, asks Airflow's REST API about the task instance that each names, and deletes one only
-when it is older than an age floor and its task has ended for good, or its run no longer exists.
+The operator ends its Jobs itself, and the last task of our DAGs what it left. This program is for
+what no task can see: a run deleted while no triggerer was up, other people's DAGs. It looks at the
+Jobs that carry our labels, asks Airflow's REST API about the task instance that each names, and
+deletes one only when it is older than an age floor and its task has ended for good, or its run no
+longer exists.
 A task that may go on (running, deferred, waiting for a retry, cleared) keeps its Job, and so does
 everything that cannot be told: an Airflow that does not answer, a DAG that this Airflow does not
 know. The deletion names UID and resource version, so a Job that changed meanwhile is spared.
@@ -25,6 +26,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from hcodec_airflow.leftovers import ENDED_STATES
 from hcodec_core.errors import EXIT_FAILURE, EXIT_OK, ConfigError, HCodecError, StorageError
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENDED_STATES = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
 _SELECTOR = "app.kubernetes.io/managed-by=hcodec"
 _ENDED_CONDITIONS = {"Complete", "Failed", "SuccessCriteriaMet", "FailureTarget"}
 
@@ -232,7 +233,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hcodec_airflow.janitor", description=__doc__)
     parser.add_argument("--namespace", required=True, help="of the workers")
     parser.add_argument("--airflow-url", required=True, help="address of Airflow's API server")
-    parser.add_argument("--min-age-minutes", type=float, default=60.0)
+    parser.add_argument("--min-age-minutes", type=float, default=1.0)
     parser.add_argument("--dry-run", action="store_true", help="say it, do not do it")
     return parser.parse_args(arguments)
 

@@ -12,6 +12,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from hcodec_airflow.failures import task_failures
+from hcodec_airflow.leftovers import WORKERS_KEY, stop_workers
 from hcodec_airflow.links import (
     LOGS_URL_KEY,
     MANIFEST_URL_KEY,
@@ -137,7 +138,8 @@ class CodecJobOperator(BaseOperator):
             logger.info("%s", event["message"])
             return self._sums(event["progress"])
         if not event["is_retryable"]:
-            self._stop_leftovers(event["backend"], event["request"], str(context["ti"].id))
+            with task_failures():
+                stop_workers(event["backend"], event["request"], str(context["ti"].id))
         kind = AirflowException if event["is_retryable"] else AirflowFailException
         raise kind(f"Job {event['state']}: {event['message']}")
 
@@ -167,12 +169,16 @@ class CodecJobOperator(BaseOperator):
 
     def _submit(self, name: str, request: JobRequest, context: Context, settings: Settings) -> None:
         from hcodec_airflow.backends import open_backend
+        from hcodec_airflow.triggers import request_as_values
 
         backend = open_backend(name, settings)
         if name == "local":
             self._refuse_split_hosts()
         owner = str(context["ti"].id)
         self._submitted = (backend, request, owner)
+        # Before anything is started, so that there are no workers that the run's end cannot name.
+        noted = {"backend": name, "request": request_as_values(request), "owner": owner}
+        context["ti"].xcom_push(key=WORKERS_KEY, value=noted)
         logger.info("Job %s: submitted to backend %s", request.name, name)
         backend.submit_or_adopt(request, owner)
         self._push_links(request, context, settings)
@@ -280,15 +286,6 @@ class CodecJobOperator(BaseOperator):
         name = self.backend or settings.backend
         check_backend_name(name)
         return name
-
-    @staticmethod
-    def _stop_leftovers(backend: str, values: dict[str, Any], owner: str) -> None:
-        from hcodec_airflow.backends import open_backend
-        from hcodec_airflow.settings import read_settings
-        from hcodec_airflow.triggers import request_from
-
-        with task_failures():
-            open_backend(backend, read_settings()).kill(request_from(values), owner)
 
 
 def _origin_of(context: Context) -> TaskOrigin:

@@ -104,7 +104,7 @@ def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
         report_uri="{{ ti.xcom_pull('validate') }}",
         outlets=[outlet],
     )
-    release = ReleaseLockOperator(task_id="release", lock=held)
+    release = ReleaseLockOperator(task_id="release", lock=held, job_task=tokenize.task_id)
     release.as_teardown(setups=lock)
     lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release
 
@@ -180,7 +180,7 @@ _PAGE = """
 5. **commit**: the tokens go to a branch that readers do not see.
 6. **validate**: the whole version is checked; button *Validation report* on the task.
 7. **publish**: readers see the new version; the dataset's asset gets an event.
-8. **release**: the lock is given back, however the run ended.
+8. **release**: workers that are left are stopped and the lock is given back, however the run ended.
 
 A failed validation publishes nothing and names the files. To go on with a run, clear its failed
 task: the lock is taken again, finished shards stay finished.

@@ -19,6 +19,7 @@ from hcodec_airflow.backends.base import (
     Timeouts,
     WorkerResources,
 )
+from hcodec_airflow.leftovers import stop_workers, task_state
 from hcodec_airflow.locking import LockWait, renewer
 from hcodec_airflow.progress import JobSize, ProgressReader
 from hcodec_airflow.settings import read_settings
@@ -115,25 +116,15 @@ class CodecJobTrigger(BaseTrigger):
         )
 
     def _kill(self) -> bool:
-        backend = open_backend(self.backend, read_settings())
-        return backend.kill(request_from(self.request), self.owner)
+        return stop_workers(self.backend, self.request, self.owner)
 
     async def _task_state(self) -> str | None:
         """State of this task in Airflow's database, None once it was cleared."""
-        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
-
         task = self.task_instance
         assert task is not None
-        states = await asyncio.to_thread(
-            RuntimeTaskInstance.get_task_states,
-            dag_id=task.dag_id,
-            task_ids=[task.task_id],
-            run_ids=[task.run_id],
-            map_index=task.map_index,
+        return await asyncio.to_thread(
+            task_state, task.dag_id, task.run_id, task.task_id, task.map_index
         )
-        name = task.task_id if task.map_index < 0 else f"{task.task_id}_{task.map_index}"
-        state = states.get(task.run_id, {}).get(name)
-        return None if state is None else str(getattr(state, "value", state))
 
 
 class DatasetLockTrigger(BaseTrigger):

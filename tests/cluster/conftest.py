@@ -21,7 +21,7 @@ import pytest
 from tests.cluster.airflow_states import AirflowStates
 from tests.cluster.cluster import Cluster
 from tests.cluster.foreign import ForeignCluster
-from tests.cluster.house import CREDENTIALS, House, Kubernetes
+from tests.cluster.house import CREDENTIALS, House, Kubernetes, OutsideAirflow
 from tests.cluster.images import AIRFLOW, PAUSE, WORKER, ImageStore, cache_path
 
 COPIES = 20
@@ -130,3 +130,10 @@ def house(
         yield made
     finally:
         made.uninstall()
+
+
+@pytest.fixture(scope="session")
+def airflow(house: House) -> Iterator[OutsideAirflow]:
+    """A whole Airflow on this host that reaches the cluster by its connection."""
+    with house.running_airflow() as made:
+        yield made

@@ -6,23 +6,36 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import yaml
 
+from hcodec_airflow.demo.airflow_api import FINISHED
+from hcodec_airflow.demo.services import AIRFLOW as AIRFLOW_COMMAND
+from hcodec_airflow.demo.services import (
+    Services,
+    airflow_environment,
+    free_port,
+    start_airflow,
+    wait_until_answers,
+)
+from hcodec_airflow.pipelines import MANUAL_DAG_ID
 from hcodec_core.config import StorageConfig
 from hcodec_core.storage import Storage, open_storage
+from tests.cluster.cluster import wait_for
 from tests.cluster.images import AIRFLOW, WORKER
 from tests.helm.tools import find_tool
+from tests.operators.airflow_calls import Calls
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "hcodec"
 CLIPS = ROOT / "tests" / "corpus" / "clips" / "english"
-RUNNER = ROOT / "tests" / "operators" / "run_dag.py"
+_START_SECONDS, _RUN_SECONDS = 900.0, 1800.0
 RELEASE, AIRFLOW_NAMESPACE, WORKERS = "hcodec", "hcodec-test-airflow", "hcodec-test"
 BUCKET = "cluster"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"}
@@ -56,6 +69,7 @@ class House:
     has_gpus: bool
     worker_image: str = WORKER
     airflow_image: str = AIRFLOW
+    port: int = field(default_factory=lambda: free_port(0))
 
     @property
     def storage(self) -> Storage:
@@ -174,12 +188,9 @@ class House:
         return {
             **os.environ,
             **CREDENTIALS,
+            **airflow_environment(self.folder, ROOT / "dags", files["hcodec.toml"], self.port),
             "AWS_EC2_METADATA_DISABLED": "true",
-            "AIRFLOW_HOME": str(self.folder / "airflow"),
-            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-            "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
             "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
-            "AIRFLOW__HCODEC__CONFIG_FILE": str(files["hcodec.toml"]),
             "AIRFLOW__HCODEC__KUBERNETES_FILE": str(files["kubernetes.toml"]),
             "AIRFLOW__HCODEC__BACKEND": "kubernetes",
             "AIRFLOW_CONN_HCODEC_KUBERNETES": json.dumps(connection),
@@ -217,25 +228,67 @@ class House:
         return done.stdout
 
     @contextmanager
-    def running_dag(self, forms: Sequence[dict[str, Any]]) -> Iterator[subprocess.Popen[str]]:
-        """Runs of the manual DAG in a process; its output goes to ``dag_log``."""
-        with self.dag_log.open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(RUNNER), str(ROOT / "dags"), json.dumps(forms)],
-                env=self.airflow_environment(), cwd=self.folder, text=True,
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            try:
-                yield process
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait(timeout=60)
+    def running_airflow(self) -> Iterator[OutsideAirflow]:
+        """A whole Airflow on this host: API server, scheduler, DAG processor and triggerer."""
+        environment, services = self.airflow_environment(), Services(self.folder)
+        api = Calls(environment["AIRFLOW__API__BASE_URL"])
+        try:
+            start_airflow(services, environment)
+            wait_until_answers(f"{api.base_url}/api/v2/version", services, _START_SECONDS)
+            api.login()
+            api.wait_for_dag(MANUAL_DAG_ID, services, _START_SECONDS)
+            yield OutsideAirflow(api, services, environment)
+        finally:
+            services.stop()
 
-    @property
-    def dag_log(self) -> Path:
-        """Output of the last runs."""
-        return self.folder / "dag.log"
+
+@dataclass
+class OutsideAirflow:
+    """A running Airflow that has no part in the cluster but a connection."""
+
+    api: Calls
+    services: Services
+    environment: dict[str, str]
+
+    def start(self, form: dict[str, Any]) -> str:
+        """Run the manual DAG with a form; the run's id."""
+        return self.api.trigger(MANUAL_DAG_ID, form)
+
+    def state(self, run_id: str) -> str:
+        """State of a run; raises when a process of Airflow has ended."""
+        self.services.check()
+        return self.api.run_state(MANUAL_DAG_ID, run_id)
+
+    def wait(self, run_id: str) -> str:
+        """State in which a run ended."""
+
+        def ended() -> str:
+            state = self.state(run_id)
+            return state if state in FINISHED else ""
+
+        return str(wait_for(ended, f"the end of {run_id}", _RUN_SECONDS))
+
+    def task_state(self, run_id: str) -> str:
+        """State of the run's task ``tokenize``."""
+        return self.api.task_states(MANUAL_DAG_ID, run_id)["tokenize"]
+
+    def log(self, run_id: str) -> list[str]:
+        """Lines of the log of task ``tokenize``."""
+        return self.api.log_tail(MANUAL_DAG_ID, run_id, "tokenize", 100_000)
+
+    def kill_triggerer(self) -> None:
+        """End it without a word."""
+        process = self.services._processes.pop("airflow-triggerer")
+        leader = psutil.Process(process.pid)
+        for one in [leader, *leader.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+    def start_triggerer(self) -> None:
+        """Start a new one."""
+        command = [*AIRFLOW_COMMAND, "triggerer", "--skip-serve-logs"]
+        self.services.start("airflow-triggerer", command, self.environment)
 
 
 def _image(name: str) -> dict[str, str]:

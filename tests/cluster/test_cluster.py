@@ -7,11 +7,13 @@ failure policies. The tests are one story and run in this order.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hcodec_airflow.pipelines import MANUAL_DAG_ID
 from hcodec_core.dataset.reader import TokenDatasetView, open_dataset
 from tests.cluster.cluster import wait_for
 from tests.cluster.conftest import COPIES
@@ -79,18 +81,13 @@ def test_connection_says_what_is_granted_and_what_is_missing(house, capsys):
 
 
 def test_dag_with_a_killed_and_a_stopped_worker_makes_the_same_dataset_as_a_local_run(
-    house, capsys
+    house, airflow, capsys
 ):
-    forms = [
-        {**FORM, "dataset": "cluster"},
-        {**FORM, "dataset": "local", "backend": "local", "workers": 2},
-    ]
-    with house.running_dag(forms) as dag:
-        killed, stopped = _disturb(house, dag)
-        assert dag.wait(timeout=1800) == 0, house.dag_log.read_text()[-6000:]
-    log = house.dag_log.read_text()
-    on_cluster, on_host = json.loads(log.rpartition("FACTS")[2])
-    assert (on_cluster["state"], on_host["state"]) == ("success", "success"), log[-6000:]
+    run_id = airflow.start({**FORM, "dataset": "cluster"})
+    killed, stopped = _disturb(house, airflow, run_id)
+    assert airflow.wait(run_id) == "success", _end_of_log(airflow, run_id)
+    here = airflow.start({**FORM, "dataset": "local", "backend": "local", "workers": 2})
+    assert airflow.wait(here) == "success", _end_of_log(airflow, here)
     config = house.folder / "hcodec.toml"
     ours, theirs = (open_dataset(config, name) for name in ("cluster", "local"))
     num_codes = _compare(ours, theirs)
@@ -98,33 +95,42 @@ def test_dag_with_a_killed_and_a_stopped_worker_makes_the_same_dataset_as_a_loca
     with capsys.disabled():
         print(
             f"\n{len(ours)} objects, {num_codes} codes: equal to the local run. Killed outright: "
-            f"{killed}; stopped politely: {stopped}. Leases given back: {released}"
+            f"{killed}, and a triggerer; stopped politely: {stopped}. Leases given back: {released}"
         )
-        for line in log.splitlines():
-            if "workers" in line and ("running" in line or "Job " in line):
-                print("  " + line.strip()[-150:])
+        for line in airflow.log(run_id):
+            print("  " + line.strip()[:150])
     assert len(ours) == COPIES * len(list(CLIPS.iterdir()))
     assert released
 
 
-def _disturb(house, dag) -> tuple[str, str]:
-    """Kill one worker outright and stop another, both in the middle of the work."""
+def _end_of_log(airflow, run_id: str) -> str:
+    return "\n".join(airflow.log(run_id)[-60:])
+
+
+def _disturb(house, airflow, run_id: str) -> tuple[str, str]:
+    """Kill one worker and the triggerer outright, stop another worker, in the middle of it all."""
 
     def running() -> list[str]:
-        assert dag.poll() is None, house.dag_log.read_text()[-6000:]
-        pods = house.cluster.objects("pods", "-n", WORKERS)
-        return [p["metadata"]["name"] for p in pods if p["status"].get("phase") == "Running"]
+        assert airflow.state(run_id) in {"queued", "running"}, _end_of_log(airflow, run_id)
+        return _running_pods(house)
 
     def working() -> list[str]:
         names = running()
         num_held, num_done = len(_work(house, "/leases/")), len(_work(house, "/results/"))
         return names if len(names) == NUM_WORKERS and num_held > num_done >= 1 else []
 
-    names = wait_for(working, "three workers in the middle of their work", 600)
+    names = wait_for(working, "three workers in the middle of their work", 900)
     _delete(house, names[0], "--force", "--grace-period=0")
     _delete(house, names[1])
-    wait_for(lambda: set(running()) - set(names), "pods in their place", 300)
+    airflow.kill_triggerer()
+    wait_for(lambda: set(_running_pods(house)) - set(names), "pods in their place", 300)
+    airflow.start_triggerer()
     return names[0], names[1]
+
+
+def _running_pods(house) -> list[str]:
+    pods = house.cluster.objects("pods", "-n", WORKERS)
+    return [p["metadata"]["name"] for p in pods if p["status"].get("phase") == "Running"]
 
 
 def _delete(house, pod: str, *options: str) -> None:
@@ -171,6 +177,30 @@ def test_workers_had_no_token_and_a_fake_gpu(house):
     assert job["spec"]["parallelism"] == NUM_WORKERS
     if house.has_gpus:
         assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_task_marked_failed_while_no_triggerer_is_up_leaves_no_pod(house, airflow, capsys):
+    run_id = airflow.start({**FORM, "dataset": "stopped"})
+
+    def is_working() -> bool:
+        return airflow.task_state(run_id) == "deferred" and bool(_running_pods(house))
+
+    wait_for(is_working, "workers of a deferred task", 900)
+    airflow.kill_triggerer()
+    marked_at = time.monotonic()
+    airflow.api.mark_failed(MANUAL_DAG_ID, run_id, "tokenize")
+    wait_for(lambda: not _pods_left(house), "an end of all pods", 120)
+    seconds = time.monotonic() - marked_at
+    airflow.start_triggerer()
+    with capsys.disabled():
+        print(f"\nno worker left {seconds:.0f} s after the mark")
+    assert airflow.wait(run_id) == "failed"
+
+
+def _pods_left(house) -> list[str]:
+    pods = house.cluster.objects("pods", "-n", WORKERS)
+    ended = ("Succeeded", "Failed")
+    return [p["metadata"]["name"] for p in pods if p["status"].get("phase") not in ended]
 
 
 def test_janitor_deletes_the_orphan_and_nothing_else(house, airflow_states, capsys):

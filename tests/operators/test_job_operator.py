@@ -13,6 +13,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskD
 from hcodec_airflow.backends import processes
 from hcodec_airflow.backends.base import Phase
 from hcodec_airflow.backends.local import LocalBackend, open_backend
+from hcodec_airflow.dataset_operators import ReleaseLockOperator
 from hcodec_airflow.job_operator import CodecJobOperator
 from hcodec_airflow.settings import read_settings
 from hcodec_airflow.triggers import CodecJobTrigger, request_from
@@ -74,7 +75,7 @@ def _context(try_id="try-1"):
     pushed = {}
     task = SimpleNamespace(id=try_id, dag_id="d", run_id="r", task_id="tokenize", map_index=-1)
     task.xcom_push = lambda key, value: pushed.update({key: value})
-    return {"ti": task}
+    return {"ti": task, "pushed": pushed}
 
 
 def _operator(job, **options):
@@ -258,6 +259,60 @@ async def test_on_kill_goes_on_when_airflow_cancels_it_again(on_kill, monkeypatc
 async def test_late_on_kill_spares_the_workers_of_a_newer_try(on_kill, job):
     _defer(_operator(job), _context("try-2"))
     assert await on_kill("running") is Phase.RUNNING
+
+
+@pytest.fixture
+def end_run(monkeypatch, job, run_script):
+    """Runs a run's last task: a try of the job is deferred, Airflow says the task is ``state``."""
+    run_script(SLEEP)
+    context = _context()
+    deferred = _defer(_operator(job), context)
+
+    def run(state, returned=None):
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        states = staticmethod(lambda **_: {"r": {"tokenize": state} if state else {}})
+        monkeypatch.setattr(RuntimeTaskInstance, "get_task_states", states)
+        stored = json.loads(json.dumps({**context["pushed"], "return_value": returned}))
+
+        def pull(task_ids, key="return_value"):
+            assert task_ids == "tokenize"
+            return stored.get(key)
+
+        teardown = SimpleNamespace(dag_id="d", run_id="r", xcom_pull=pull)
+        release = ReleaseLockOperator(task_id="release", lock={}, job_task="tokenize")
+        release.execute({"ti": teardown})
+        return _observe(deferred.trigger).phase
+
+    return run
+
+
+@pytest.mark.parametrize("state", ["failed", "skipped", "success", "removed"])
+def test_end_of_a_run_stops_what_an_ended_task_left(end_run, state):
+    assert end_run(state) is Phase.KILLED
+
+
+@pytest.mark.parametrize("state", ["deferred", "running", "up_for_retry", "scheduled", None])
+def test_end_of_a_run_spares_the_workers_of_a_task_that_goes_on(end_run, state):
+    assert end_run(state) is Phase.RUNNING
+
+
+def test_end_of_a_run_spares_the_workers_that_another_adopted(end_run, job):
+    _defer(_operator(job), _context("try-2"))
+    assert end_run("failed") is Phase.RUNNING
+
+
+def test_end_of_a_run_asks_nobody_about_a_job_that_concluded(end_run):
+    assert end_run("success", returned={"num_shards_done": 2}) is Phase.RUNNING
+
+
+def test_lock_is_given_back_though_the_workers_cannot_be_stopped(end_run, monkeypatch):
+    given_back = []
+    monkeypatch.setattr("hcodec_airflow.locking.release_lock", given_back.append)
+    monkeypatch.setattr(LocalBackend, "kill", lambda *_: (_ for _ in ()).throw(OSError("away")))
+    with pytest.raises(OSError, match="away"):
+        end_run("failed")
+    assert given_back == [{}]
 
 
 async def test_cancelled_trigger_leaves_the_workers(job, run_script):

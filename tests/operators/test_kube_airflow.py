@@ -1,25 +1,27 @@
 """Faults that need a whole Airflow: what becomes of the Job and its rows. Real triggerers.
 
-One Airflow for all rows; each has a plan, and so a Job, of its own. The last test prints the table.
+One Airflow for all rows; each has a plan, and so a Job, of its own. Beside it the janitor sweeps as
+often as the chart's CronJob lets it. The last test prints the table.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from hcodec_airflow.demo.airflow_api import FINISHED, AirflowApi
+from hcodec_airflow.demo.airflow_api import FINISHED
 from hcodec_airflow.demo.services import (
     AIRFLOW,
     Services,
@@ -27,35 +29,45 @@ from hcodec_airflow.demo.services import (
     free_port,
     wait_until_answers,
 )
-from hcodec_airflow.janitor import AirflowState, JanitorOptions, sweep
-from hcodec_airflow.kubernetes.client import ClusterApi
-from hcodec_airflow.kubernetes.connection import opener
 from hcodec_airflow.kubernetes.losses import Losses
 from hcodec_airflow.kubernetes.manifest import JOB_LABEL, job_key
 from hcodec_core.dataset.shards import results_by_shard
 from tests.inference.plans import wav, write_plan
 from tests.kube.server import KubeServer
+from tests.operators.airflow_calls import Calls
 from tests.operators.kube_bed import CONFIG, Bed, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.airflow]
 
 DAG_ID, TASK = "kube_faults", "tokenize"
+ALONE = "kube_faults_alone"  # without the task that ends our DAGs
 START_SECONDS, RUN_SECONDS, LEFT_SECONDS = 900.0, 600.0, 120.0
 NUM_SHARDS, NUM_FILES, CLIP_SECONDS = 6, 12, 40.0
 TABLE: list[tuple[str, int, int, int, int]] = []
 DAG_FILE = """
 from datetime import UTC, datetime, timedelta
+from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import DAG, Param
+from hcodec_airflow.dataset_operators import ReleaseLockOperator
 from hcodec_airflow.job_operator import CodecJobOperator
-with DAG(
-    "kube_faults",
-    schedule=None,
-    start_date=datetime(2026, 1, 1, tzinfo=UTC),
-    params={"job_uri": Param("", type="string")},
-    default_args={"retries": 1, "retry_delay": timedelta(seconds=5)},
-) as dag:
-    CodecJobOperator(task_id="tokenize", job="{{ params.job_uri }}", workers=2, poll_seconds=1.0)
+
+for dag_id in ("kube_faults", "kube_faults_alone"):
+    with DAG(
+        dag_id,
+        schedule=None,
+        start_date=datetime(2026, 1, 1, tzinfo=UTC),
+        params={"job_uri": Param("", type="string")},
+        default_args={"retries": 1, "retry_delay": timedelta(seconds=5)},
+    ):
+        tokenize = CodecJobOperator(
+            task_id="tokenize", job="{{ params.job_uri }}", workers=2, poll_seconds=1.0
+        )
+        if dag_id == "kube_faults":
+            lock = EmptyOperator(task_id="lock")
+            release = ReleaseLockOperator(task_id="release", job_task="tokenize")
+            lock >> tokenize >> release.as_teardown(setups=lock)
 """
+SWEEP = "while sleep 60; do %s -m hcodec_airflow.janitor --namespace=default --airflow-url=%s; done"
 PROFILES = """
 namespace = "default"
 [profiles.cpu]
@@ -71,30 +83,6 @@ COMMANDS = {
 }
 
 
-class Api(AirflowApi):
-    def mark_failed(self, run_id: str) -> None:
-        self._call("PATCH", f"{self._run(run_id)}/taskInstances/{TASK}", {"new_state": "failed"})
-
-    def mark_run_failed(self, run_id: str) -> None:
-        self._call("PATCH", self._run(run_id), {"state": "failed"})
-
-    def delete_run(self, run_id: str) -> None:
-        with contextlib.suppress(ValueError):  # its answer has no body
-            self._call("DELETE", self._run(run_id))
-
-    def clear(self, run_id: str) -> None:
-        body = {
-            "dry_run": False,
-            "only_failed": False,
-            "dag_run_id": run_id,
-            "task_ids": [TASK],
-        }
-        self._call("POST", f"/api/v2/dags/{DAG_ID}/clearTaskInstances", body)
-
-    def _run(self, run_id: str) -> str:
-        return f"/api/v2/dags/{DAG_ID}/dagRuns/{run_id}"
-
-
 class House:
     """A running Airflow, its cluster and its storage."""
 
@@ -107,7 +95,7 @@ class House:
         (folder / "dags").mkdir()
         (folder / "dags" / "faults.py").write_text(DAG_FILE)
         port = free_port(0)
-        self.api = Api(f"http://127.0.0.1:{port}")
+        self.api = Calls(f"http://127.0.0.1:{port}")
         connection = {"kube_config_path": str(self.bed.kubeconfig)}
         self._environment = {
             **os.environ,
@@ -130,7 +118,19 @@ class House:
         url = f"{self.api.base_url}/api/v2/version"
         wait_until_answers(url, self.services, START_SECONDS)
         self.api.login()
-        self.api.wait_for_dag(DAG_ID, self.services, START_SECONDS)
+        for dag_id in (DAG_ID, ALONE):
+            self.api.wait_for_dag(dag_id, self.services, START_SECONDS)
+        self._start_janitor()
+
+    def _start_janitor(self) -> None:
+        """What the chart's CronJob does, with its default for the age floor."""
+        environment = {
+            **self._environment,
+            "HCODEC_AIRFLOW_TOKEN": self.api.token,
+            "KUBECONFIG": str(self.bed.kubeconfig),
+        }
+        command = ["sh", "-c", SWEEP % (sys.executable, self.api.base_url)]
+        self.services.start("janitor", command, environment)
 
     def start(self, name: str, as_name: str = "") -> None:
         command = [*AIRFLOW, *COMMANDS[name]]
@@ -155,6 +155,7 @@ class Scene:
     job: object
     request: object
     run_id: str
+    dag_id: str
 
     @property
     def kube(self) -> KubeServer:
@@ -166,7 +167,7 @@ class Scene:
         return [pod for pod in found if pod["metadata"]["labels"].get(JOB_LABEL) == key]
 
     def state(self) -> str:
-        return self.house.api.task_states(DAG_ID, self.run_id)[TASK]
+        return self.house.api.task_states(self.dag_id, self.run_id)[TASK]
 
     def wait_for_work(self) -> None:
         """Until the task is deferred and a worker holds a shard."""
@@ -181,7 +182,7 @@ class Scene:
 
     def wait_for_run(self) -> str:
         def ended() -> str:
-            state = self.house.api.run_state(DAG_ID, self.run_id)
+            state = self.house.api.run_state(self.dag_id, self.run_id)
             return state if state in FINISHED else ""
 
         return wait_until(ended, "the run's end", RUN_SECONDS)
@@ -205,17 +206,19 @@ def house(tmp_path_factory):
 
 
 def marked_failed(scene: Scene) -> None:
-    scene.house.api.mark_failed(scene.run_id)
+    scene.house.api.mark_failed(scene.dag_id, scene.run_id, TASK)
 
 
 def cleared(scene: Scene) -> None:
-    scene.house.api.clear(scene.run_id)
+    scene.house.api.clear(scene.dag_id, scene.run_id, TASK)
     assert scene.wait_for_run() == "success"
 
 
 def run_deleted(scene: Scene) -> None:
-    scene.house.api.mark_run_failed(scene.run_id)
-    scene.house.api.delete_run(scene.run_id)
+    """Airflow deletes no run that still runs, not even its last task."""
+    scene.house.api.mark_run_failed(scene.dag_id, scene.run_id)
+    assert scene.wait_for_run() == "failed"
+    scene.house.api.delete_run(scene.dag_id, scene.run_id)
 
 
 def triggerer_dies(scene: Scene) -> None:
@@ -246,20 +249,30 @@ def triggerer_hangs(scene: Scene) -> None:
 
 
 def no_triggerer_when_marked_failed(scene: Scene) -> None:
-    """Nobody runs ``on_kill``: the janitor's next sweep finds the Job."""
-    house = scene.house
-    house.kill("triggerer")
-    house.api.mark_failed(scene.run_id)
+    """Nobody runs ``on_kill``: the run's last task stops the workers."""
+    with no_triggerer(scene):
+        scene.house.api.mark_failed(scene.dag_id, scene.run_id, TASK)
 
-    async def clean() -> None:
-        open_client = opener({"kube_config_path": str(house.bed.kubeconfig)})
-        airflow = AirflowState(house.api.base_url, house.api.token)
-        async with ClusterApi(open_client, "default") as api:
-            await sweep(api, airflow, JanitorOptions("default", 0.0))
 
-    wait_until(lambda: scene.state() == "failed", "the mark")
-    asyncio.run(clean())
-    house.start("triggerer")
+def no_triggerer_when_run_is_marked_failed(scene: Scene) -> None:
+    with no_triggerer(scene):
+        scene.house.api.mark_run_failed(scene.dag_id, scene.run_id)
+
+
+def no_triggerer_when_run_is_deleted(scene: Scene) -> None:
+    """No task of the run is left to do anything: the janitor finds the Job."""
+    with no_triggerer(scene):
+        run_deleted(scene)
+
+
+@contextlib.contextmanager
+def no_triggerer(scene: Scene) -> Iterator[None]:
+    """Without one until the pods are gone, or had their time to go."""
+    scene.house.kill("triggerer")
+    yield
+    scene.wait_for_no_pods()
+    assert scene.pods() == []
+    scene.house.start("triggerer")
 
 
 def scheduler_dies(scene: Scene) -> None:
@@ -275,10 +288,13 @@ FINISHING = {
     "triggerer hangs 60 s, a second one takes over": triggerer_hangs,
     "scheduler dies": scheduler_dies,
 }
+WITHOUT_LAST_TASK = {"no triggerer up when the run is deleted"}
 STOPPING = {
     "task marked failed while deferred": marked_failed,
     "DAG run deleted": run_deleted,
-    "no triggerer up when marked failed": no_triggerer_when_marked_failed,
+    "no triggerer up when the task is marked failed": no_triggerer_when_marked_failed,
+    "no triggerer up when the run is marked failed": no_triggerer_when_run_is_marked_failed,
+    "no triggerer up when the run is deleted": no_triggerer_when_run_is_deleted,
 }
 
 
@@ -290,8 +306,9 @@ def test_fault(name, house):
     root = f"file://{house.folder}/data"
     job = write_plan(bed.storage, root, files, NUM_SHARDS, plan=slug, plan_id=slug)
     request = bed.request(job.plan_uri, name=f"tokenize-{slug}")
-    run_id = house.api.trigger(DAG_ID, {"job_uri": f"{job.plan_uri}/job.json"})
-    scene = Scene(house, job, request, run_id)
+    dag_id = ALONE if name in WITHOUT_LAST_TASK else DAG_ID
+    run_id = house.api.trigger(dag_id, {"job_uri": f"{job.plan_uri}/job.json"})
+    scene = Scene(house, job, request, run_id, dag_id)
     most, stopped = [0], threading.Event()
     census = threading.Thread(target=_count, args=(scene, most, stopped), daemon=True)
     census.start()
