@@ -23,15 +23,18 @@ from hcodec_core.dataset.leases import read_attempts
 from hcodec_core.dataset.results import results_uri
 from hcodec_core.dataset.shards import lease_uri, results_by_shard
 from hcodec_core.dataset.tabular import list_folder
+from hcodec_core.jobs import TokenizeJob
 from hcodec_core.storage import open_storage
 from tests.inference.plans import contents, rows, wav, write_plan
 from tests.kube.server import KubeServer, NodeSpec
-from tests.operators.kube_bed import Bed, Triggerer, wait_until
+from tests.operators.kube_bed import LEASE_SECONDS, Bed, Triggerer, wait_until
 
 pytestmark = pytest.mark.slow
 
 NUM_SHARDS, NUM_FILES, SECONDS = 6, 12, 40.0
 LEFT_SECONDS = 120.0
+FIVE_MINUTES = 300.0
+PRODUCTION_LEASE_SECONDS = TokenizeJob.model_fields["lease_seconds"].default
 SMALL = {"cpu": "2", "memory": "64Gi"}
 TABLE: list[tuple[str, int, int, int, int]] = []
 
@@ -78,7 +81,7 @@ class Scene:
             return next((p for p in self.pods() if p["metadata"]["uid"] in holders), None)
 
         found = wait_until(holder, "a pod at work")
-        assert self.num_results() < NUM_SHARDS, "the plan is too small for this machine"
+        assert self.num_results() < self.job.num_shards, "the plan is too small for this machine"
         return found
 
     def num_attempts(self, shard: str) -> int:
@@ -107,7 +110,7 @@ def worker_hangs(scene: Scene) -> None:
 
 
 def worker_paused_and_woken(scene: Scene) -> None:
-    """As five minutes with a lease of one: paused until others took its shard over."""
+    """Paused until others took its shard over; the lease is short, five minutes are below."""
     scene.submit()
     scene.watch()
     pod = scene.wait_for_work()
@@ -115,6 +118,26 @@ def worker_paused_and_woken(scene: Scene) -> None:
     held = scene.held_by(pod)
     wait_until(lambda: any(scene.num_attempts(shard) > 1 for shard in held), "a take-over")
     scene.kube.faults.wake(name_of(pod))
+
+
+def worker_paused_for_five_minutes(scene: Scene) -> None:
+    """With the lease of production: woken when another works on its shard, and has for long.
+
+    That one is held as well, once it has the shard: the job would be over before the first wakes.
+    """
+    scene.submit()
+    scene.watch()
+    pod = scene.wait_for_work()
+    scene.kube.faults.pause(name_of(pod))
+    paused_at, held = time.monotonic(), scene.held_by(pod)
+    wait_until(lambda: all(scene.num_attempts(s) > 1 for s in held), "a take-over", 900)
+    (other,) = [name_of(p) for p in scene.pods() if name_of(p) != name_of(pod)]
+    scene.kube.faults.pause(other)
+    time.sleep(max(0.0, paused_at + FIVE_MINUTES - time.monotonic()))
+    assert scene.num_results() < scene.job.num_shards
+    assert name_of(pod) in map(name_of, scene.pods())
+    scene.kube.faults.wake(name_of(pod))
+    scene.kube.faults.wake(other)
 
 
 def triggerer_dies(scene: Scene) -> None:
@@ -278,17 +301,31 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_fault(name, corpus, tmp_path):
+    run_with_fault(name, SCENARIOS[name], corpus, tmp_path)
+
+
+@pytest.mark.chaos
+def test_worker_paused_for_five_minutes(corpus, tmp_path):
+    options = {"num_shards": 2, "lease_seconds": PRODUCTION_LEASE_SECONDS}
+    name = "worker paused 5 min, lease of 60 s"
+    run_with_fault(name, worker_paused_for_five_minutes, corpus, tmp_path, **options)
+
+
+def run_with_fault(
+    name, scenario, corpus, tmp_path, num_shards=NUM_SHARDS, lease_seconds=LEASE_SECONDS
+):
     folder, files, undisturbed = corpus
     storage = open_storage(StorageConfig())
     with KubeServer() as kube:
         bed = Bed(kube, tmp_path, env={"OMP_NUM_THREADS": "1"}, termination_grace_seconds=5)
         plan = name.replace(" ", "-").replace(",", "")
-        job = write_plan(storage, f"file://{folder}", files, NUM_SHARDS, plan=plan)
-        scene = Scene(kube, bed, bed.request(job.plan_uri, 2), job, [])
+        root, terms = f"file://{folder}", {"lease_seconds": lease_seconds}
+        job = write_plan(storage, root, files, num_shards, plan=plan, **terms)
+        scene = Scene(kube, bed, bed.request(job.plan_uri, 2, **terms), job, [])
         census = Census(bed, scene.request)
         census.start()
         try:
-            SCENARIOS[name](scene)
+            scenario(scene)
             verdicts = [w.wait(240) for w in scene.watches if not w.is_dead]
         finally:
             for watch in scene.watches:
