@@ -233,7 +233,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hcodec_airflow.janitor", description=__doc__)
     parser.add_argument("--namespace", required=True, help="of the workers")
     parser.add_argument("--airflow-url", required=True, help="address of Airflow's API server")
-    parser.add_argument("--min-age-minutes", type=float, default=1.0)
+    parser.add_argument("--min-age-seconds", type=float, default=30.0)
     parser.add_argument("--dry-run", action="store_true", help="say it, do not do it")
     return parser.parse_args(arguments)
 
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    wanted = JanitorOptions(options.namespace, options.min_age_minutes * 60.0, options.dry_run)
+    wanted = JanitorOptions(options.namespace, options.min_age_seconds, options.dry_run)
     try:
         report = asyncio.run(_run(_airflow(options.airflow_url), wanted))
     except HCodecError as error:

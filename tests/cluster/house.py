@@ -136,7 +136,7 @@ class House:
             # Never by the clock here: the test starts it.
             "janitor": {
                 "schedule": "0 0 1 1 *",
-                "minAgeMinutes": 10,
+                "minAgeSeconds": 600,
                 "airflow": {"url": self.airflow_url, "tokenSecret": {"name": "hcodec-janitor"}},
             },
         }

@@ -264,7 +264,7 @@ def _janitor_job(house) -> dict[str, Any]:
     spec = cron["spec"]["jobTemplate"]["spec"]
     container = spec["template"]["spec"]["containers"][0]
     container["args"] = [
-        "--min-age-minutes=0" if word.startswith("--min-age") else word
+        "--min-age-seconds=0" if word.startswith("--min-age") else word
         for word in container["args"]
     ]
     metadata = {"name": "janitor-by-hand", "namespace": AIRFLOW_NAMESPACE}

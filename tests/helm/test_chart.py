@@ -296,7 +296,7 @@ def test_old_servers_get_the_cron_job_they_know():
         ("kubernetes.profiles.gpu.gpu=1", "gpu"),
         ("kubernetes.profiles.gpu.memory=32 GB", "memory"),
         ("config.catalog.uri=postgresql://me:secret@db/x", "config/catalog/uri"),
-        ("janitor.minAgeMinutes=0", "minAgeMinutes"),
+        ("janitor.minAgeSeconds=5", "minAgeSeconds"),
         ("images.worker.digest=latest", "digest"),
         ("networkPolicy.objectStorage[0].cidr=anywhere", "cidr"),
     ],

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hcodec_airflow import janitor
 from hcodec_airflow.demo.airflow_api import FINISHED
 from hcodec_airflow.demo.services import (
     AIRFLOW,
@@ -67,7 +68,8 @@ for dag_id in ("kube_faults", "kube_faults_alone"):
             release = ReleaseLockOperator(task_id="release", job_task="tokenize")
             lock >> tokenize >> release.as_teardown(setups=lock)
 """
-SWEEP = "while sleep 60; do %s -m hcodec_airflow.janitor --namespace=default --airflow-url=%s; done"
+SWEEP = "while sleep 60; do %s -m %s --namespace=default --airflow-url=%s & done"
+AGE_FLOOR_SECONDS = 30.0  # the janitor's
 PROFILES = """
 namespace = "default"
 [profiles.cpu]
@@ -129,7 +131,7 @@ class House:
             "HCODEC_AIRFLOW_TOKEN": self.api.token,
             "KUBECONFIG": str(self.bed.kubeconfig),
         }
-        command = ["sh", "-c", SWEEP % (sys.executable, self.api.base_url)]
+        command = ["sh", "-c", SWEEP % (sys.executable, janitor.__name__, self.api.base_url)]
         self.services.start("janitor", command, environment)
 
     def start(self, name: str, as_name: str = "") -> None:
@@ -262,17 +264,30 @@ def no_triggerer_when_run_is_marked_failed(scene: Scene) -> None:
 def no_triggerer_when_run_is_deleted(scene: Scene) -> None:
     """No task of the run is left to do anything: the janitor finds the Job."""
     with no_triggerer(scene):
+        time.sleep(AGE_FLOOR_SECONDS)
         run_deleted(scene)
 
 
 @contextlib.contextmanager
 def no_triggerer(scene: Scene) -> Iterator[None]:
-    """Without one until the pods are gone, or had their time to go."""
-    scene.house.kill("triggerer")
+    """Without one until the pods are gone, or had their time to go.
+
+    Workers hang meanwhile, lest they end by themselves; and the janitor rests where the run's last
+    task is to be seen at work.
+    """
+    house = scene.house
+    house.kill("triggerer")
+    if scene.dag_id != ALONE:
+        house.signal("janitor", signal.SIGSTOP)
+    names = [pod["metadata"]["name"] for pod in scene.pods()]
+    for name in names:
+        house.kube.faults.pause(name)
+    assert names
     yield
     scene.wait_for_no_pods()
     assert scene.pods() == []
-    scene.house.start("triggerer")
+    house.signal("janitor", signal.SIGCONT)
+    house.start("triggerer")
 
 
 def scheduler_dies(scene: Scene) -> None:
