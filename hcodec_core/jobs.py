@@ -158,6 +158,95 @@ class Timings(_Document):
     total_seconds: float = 0.0
 
 
+class StepUse(_Document):
+    """How busy one step of a worker was.
+
+    ``lane_seconds``: time that passed, times how many may do the step at once (downloads, decoder
+    processes; encoding and writing: one).
+    """
+
+    busy_seconds: float = 0.0
+    lane_seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Use of the step, 0..1."""
+        return min(1.0, self.busy_seconds / self.lane_seconds) if self.lane_seconds else 0.0
+
+
+class FormatUse(_Document):
+    """What files of one container needed. ``decode_seconds``: of decoder processes."""
+
+    num_bytes: int = 0
+    audio_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def needs(self, rate: float) -> tuple[float, float]:
+        """Cores that decode, and MB/s, that feed an encoder of ``rate`` times real time."""
+        if not self.audio_seconds:
+            return 0.0, 0.0
+        per_second = rate / self.audio_seconds
+        return self.decode_seconds * per_second, self.num_bytes / 1e6 * per_second
+
+
+class WorkUse(_Document):
+    """Where a worker's time went: how busy each step was, by name, and what each format needed."""
+
+    steps: dict[str, StepUse] = {}
+    formats: dict[str, FormatUse] = {}
+    audio_seconds: float = 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The busiest step."""
+        return max(self.steps, key=lambda name: self.steps[name].share)
+
+    @property
+    def encode_rate(self) -> float:
+        """Seconds of audio per second of encoding, 0 when nothing was encoded."""
+        busy = self.steps["encode"].busy_seconds if "encode" in self.steps else 0.0
+        return self.audio_seconds / busy if busy else 0.0
+
+    @property
+    def for_people(self) -> str:
+        """One line: the bottleneck, the other steps, and what an encoder of this rate needs."""
+        if not self.steps:
+            return "bottleneck: not known, no shard was finished"
+        shares = {name: f"{name} {100 * step.share:.0f} %" for name, step in self.steps.items()}
+        first = shares.pop(self.bottleneck)
+        needs = [
+            f"{cores:.2g} cores and {rate:.2g} MB/s for {name}"
+            for name, use in sorted(self.formats.items())
+            for cores, rate in (use.needs(self.encode_rate),)
+        ]
+        line = f"bottleneck: {first}; {', '.join(shares.values())}"
+        if not needs:
+            return line
+        return f"{line}; an encoder of {self.encode_rate:.0f} x real time needs {', '.join(needs)}"
+
+    @staticmethod
+    def total(parts: Iterable[WorkUse]) -> WorkUse:
+        """The sum over shards or workers."""
+        steps: dict[str, StepUse] = {}
+        formats: dict[str, FormatUse] = {}
+        audio_seconds = 0.0
+        for part in parts:
+            audio_seconds += part.audio_seconds
+            for name, step in part.steps.items():
+                steps[name] = _sum(steps.get(name, StepUse()), step)
+            for name, use in part.formats.items():
+                formats[name] = _sum(formats.get(name, FormatUse()), use)
+        return WorkUse(steps=steps, formats=formats, audio_seconds=audio_seconds)
+
+
+Summed = TypeVar("Summed", StepUse, FormatUse)
+
+
+def _sum(first: Summed, second: Summed) -> Summed:
+    fields = type(first).model_fields
+    return type(first)(**{name: getattr(first, name) + getattr(second, name) for name in fields})
+
+
 class DepthAgreement(_Document):
     """How the codes of one codebook agree with those of mode exact, over base frames.
 
@@ -231,7 +320,7 @@ class ShardResult(_Document):
 
     ``done``: ``data_file`` holds all rows (None when no file of the shard gave tokens). ``failed``:
     every counted attempt ended in an error; terminal within its plan only. ``agreement``: only for
-    mode fast, measured on the shard's first minute of audio.
+    mode fast, measured on the shard's first minute of audio. ``work``: where the time went.
     """
 
     format_version: Literal[1] = 1
@@ -249,12 +338,14 @@ class ShardResult(_Document):
     timings: Timings = Timings()
     build: dict[str, str] = {}
     agreement: ModeAgreement | None = None
+    work: WorkUse | None = None
 
 
 class WorkerProgress(_Document):
     """How far one worker is; ``sequence`` advances with progress only.
 
-    ``held_shards``: attempt number by id of the shards that it works on.
+    ``held_shards``: attempt number by id of the shards that it works on. ``work``: of the shards
+    that it finished. ``start_seconds``: from the start of the process to the first token, by part.
     """
 
     format_version: Literal[1] = 1
@@ -268,6 +359,8 @@ class WorkerProgress(_Document):
     num_tokens: int = 0
     busy_seconds: float = 0.0
     held_shards: dict[str, int] = {}
+    work: WorkUse | None = None
+    start_seconds: dict[str, float] = {}
 
 
 class HeldOutFile(_Document):

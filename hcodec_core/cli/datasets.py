@@ -180,7 +180,8 @@ def _plan_text(plan: Plan, is_dry_run: bool) -> str:
         f"files    {plan.num_files} to encode ({plan.num_new_files} new, {plan.num_changed_files} "
         f"changed), {plan.num_tombstones} deleted, {plan.num_unchanged_files} unchanged",
         f"audio    about {plan.audio_hours:.2f} h in {plan.num_shards} shards",
-        f"cost     {plan.worker_hours:.2f} worker hours, {plan.cost:.2f} {plan.currency}",
+        f"cost     {plan.worker_hours:.2f} worker hours, {plan.cost:.2f} {plan.currency} "
+        f"({plan.rate_text})",
     ]
     if not is_dry_run:
         lines += [

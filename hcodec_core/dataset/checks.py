@@ -24,6 +24,7 @@ from hcodec_core.dataset.facts import Faults, RowReader, SnapshotFacts
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.pages import printable
 from hcodec_core.dataset.plan_documents import BadFileBudget, read_plan
+from hcodec_core.dataset.rates import remember_rate
 from hcodec_core.dataset.report import (
     PAGE_FILE,
     WITHOUT_TOKENS_FILE,
@@ -76,13 +77,14 @@ def validate_plan(
 
     ``work_path``: existing local folder for scratch and for the report. The report is uploaded
     below ``report_prefix_uri``. Raises ``AccessError`` when that is no allowed destination,
-    ``StorageError`` when storage or catalog fail; see ``validate_snapshot``.
+    ``StorageError`` when storage or catalog fail; see ``validate_snapshot``. How fast the workers
+    were is kept for the estimates of later plans.
     """
     job = read_job(storage.read(join_uri(commit.plan_uri, JOB_FILE)))
     prefix_uri = report_prefix_uri(config, job)
     config.check_destination(prefix_uri)
     table = load_table(DatasetLayout(config, job.dataset, job.encode_id))
-    return validate_snapshot(
+    result = validate_snapshot(
         storage,
         job,
         SnapshotName(commit.snapshot_id, commit.branch, commit.counts.num_total_rows),
@@ -92,6 +94,8 @@ def validate_plan(
         work_path,
         thresholds,
     )
+    remember_rate(config, storage, job, result.summary.work)
+    return result
 
 
 def report_prefix_uri(config: Config, job: TokenizeJob) -> str:

@@ -33,7 +33,7 @@ from hcodec_core.dataset.scratch import (
     open_scratch,
 )
 from hcodec_core.errors import ConfigError, ObjectMissingError
-from hcodec_core.jobs import FILES_FILE, ModeAgreement, ShardResult, TokenizeJob
+from hcodec_core.jobs import FILES_FILE, ModeAgreement, ShardResult, TokenizeJob, WorkUse
 from hcodec_core.storage import Storage, join_uri
 
 # Batches of rows of a snapshot: (columns, URIs of data files, or None for all of the snapshot's).
@@ -154,6 +154,7 @@ class SnapshotFacts:
         self.counters = [CodeCounter(stream) for stream in job.manifest.streams]
         self.builds: set[str] = set()
         self.agreement: ModeAgreement | None = None
+        self.work = WorkUse()
         self.audit: AuditResult | None = None
         self._work_path = work_path
         self._db: Any = open_scratch(work_path, "facts", memory_bytes)
@@ -214,6 +215,7 @@ class SnapshotFacts:
         }
         table.add(pa.table(shards, schema=_SCHEMAS["results"]))
         self.builds.update(_build_text(result.build) for result in results if result.build)
+        self.work = WorkUse.total([self.work, *(r.work for r in results if r.work is not None)])
         parts = [self.agreement, *(result.agreement for result in results)]
         self.agreement = ModeAgreement.total(part for part in parts if part is not None)
 

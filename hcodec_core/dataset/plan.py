@@ -41,6 +41,7 @@ from hcodec_core.dataset.plan_documents import (
     PlanRequest,
     read_plan,
 )
+from hcodec_core.dataset.rates import expected_rate
 from hcodec_core.dataset.results import result_uri, try_read_results
 from hcodec_core.dataset.sharding import Indices, deal_out, shard_digest
 from hcodec_core.dataset.tabular import keys_of, write_table
@@ -69,7 +70,10 @@ _MAX_GENERATIONS = 100
 
 @dataclass(frozen=True)
 class _Draft:
-    """A plan without a name. ``shard_of``: shard of each file; ``digests``: one per shard."""
+    """A plan without a name.
+
+    ``shard_of``: shard of each file; ``digests``: one per shard; ``rate``: see ``expected_rate``.
+    """
 
     layout: DatasetLayout
     request: PlanRequest
@@ -79,6 +83,7 @@ class _Draft:
     work: Work
     shard_of: Indices
     digests: tuple[str, ...]
+    rate: tuple[float, str]
 
 
 def make_plan(
@@ -117,7 +122,8 @@ def _draft(config: Config, storage: Storage, request: PlanRequest) -> _Draft:
     work = find_work(storage, layout, request, info, listed, base)
     work = first_wave(work, request.max_hours_per_version)
     shard_of, digests = _deal(encode_id, work, request)
-    return _Draft(layout, request, info, len(listed), base, work, shard_of, digests)
+    rate = expected_rate(config, storage, request.manifest, request.settings)
+    return _Draft(layout, request, info, len(listed), base, work, shard_of, digests, rate)
 
 
 def _deal(encode_id: str, work: Work, request: PlanRequest) -> tuple[Indices, tuple[str, ...]]:
@@ -225,11 +231,13 @@ def _summary(draft: _Draft, plan_id: str, generation: int) -> Plan:
 def _cost_of(draft: _Draft) -> dict[str, Any]:
     cost = draft.layout.config.cost
     audio_hours = float(draft.work.seconds.sum()) / 3600
-    name = draft.request.manifest.name
-    worker_hours = audio_hours / cost.realtime_factors.get(name, cost.default_realtime_factor)
+    rate, rate_source = draft.rate
+    worker_hours = audio_hours / rate
     return {
         "audio_hours": audio_hours,
         "worker_hours": worker_hours,
+        "realtime_factor": rate,
+        "rate_source": rate_source,
         "cost": worker_hours * cost.worker_hour,
         "currency": cost.currency,
     }

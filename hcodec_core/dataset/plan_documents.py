@@ -71,6 +71,7 @@ class Plan(_Document):
     for later versions by ``max_hours_per_version``. ``withheld_tombstones``: rows whose objects
     seem to be gone and that the plan keeps nevertheless, for the reason in ``withheld_reason``.
     ``num_excluded_files``: listed, but erased from the dataset (see ``exclusions``).
+    ``realtime_factor``: of one worker, from ``rate_source``; ``worker_hours`` follow from it.
     """
 
     format_version: Literal[1] = 1
@@ -109,6 +110,8 @@ class Plan(_Document):
     withheld_tombstones: int = 0
     withheld_reason: str = ""
     num_excluded_files: int = 0
+    realtime_factor: float | None = None
+    rate_source: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -119,6 +122,13 @@ class Plan(_Document):
     def exceeds_spend_cap(self) -> bool:
         """Whether the plan would cost more than it may."""
         return self.spend_cap is not None and self.cost > self.spend_cap
+
+    @property
+    def rate_text(self) -> str:
+        """How fast one worker is thought to be, and why."""
+        if self.realtime_factor is None:
+            return "rate not recorded"
+        return f"{self.realtime_factor:.4g} x real time per worker, {self.rate_source}"
 
 
 def read_plan(storage: Storage, plan_uri: str) -> Plan:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from hcodec_core.dataset.audit import AuditResult
 from hcodec_core.dataset.facts import RowReader, SnapshotFacts
 from hcodec_core.dataset.rowfacts import CodeCounter, Ints
-from hcodec_core.jobs import ModeAgreement, Outcome, TokenizeJob
+from hcodec_core.jobs import ModeAgreement, Outcome, TokenizeJob, WorkUse
 from hcodec_core.storage import Storage
 
 _HISTOGRAM_BARS = 64
@@ -72,8 +72,8 @@ class SnapshotSummary(_Numbers):
     ``num_rows``: rows that the plan added; ``num_snapshot_rows``: all rows; ``num_repeated_*``:
     rows beyond the first with the same key. ``silent_share``: of audio seconds, in files below
     -60 dB of full scale. ``clipped_share``: of samples. ``worker_seconds``: over all shards.
-    ``agreement``: of mode fast with mode exact. ``audit``: of a sample of the plan's rows, where
-    one was run.
+    ``agreement``: of mode fast with mode exact. ``work``: where the time of workers went.
+    ``audit``: of a sample of the plan's rows, where one was run.
     """
 
     num_shards: int
@@ -98,6 +98,7 @@ class SnapshotSummary(_Numbers):
     codebooks: list[CodebookUse]
     builds: list[str]
     agreement: ModeAgreement | None = None
+    work: WorkUse = WorkUse()
     audit: AuditResult | None = None
 
     @property
@@ -150,6 +151,7 @@ def summary_of(facts: SnapshotFacts) -> SnapshotSummary:
         num_codes=sum(use.num_codes for use in codebooks),
         builds=sorted(facts.builds),
         agreement=facts.agreement,
+        work=facts.work,
         audit=facts.audit,
     )
 

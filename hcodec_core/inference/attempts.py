@@ -274,6 +274,7 @@ class Attempt(threading.Thread):
             discard_file(self._workshop.feed.storage, data_file.uri)
 
     def _result_of(self, tally: _Tally, data_file: DataFile | None) -> ShardResult:
+        timings = tally.timings()
         return ShardResult(
             plan_id=self._job.plan_id,
             shard_id=self.shard.shard_id,
@@ -285,7 +286,8 @@ class Attempt(threading.Thread):
             outcomes=tally.outcomes,
             audio_seconds=tally.audio_seconds,
             num_tokens=tally.num_tokens,
-            timings=tally.timings(),
+            timings=timings,
+            work=self._workshop.feed.work(tally.feed_seconds, timings, tally.audio_seconds),
             build=self._workshop.build,
             agreement=tally.agreement.result(self._workshop.feed.spec.sample_rate),
         )

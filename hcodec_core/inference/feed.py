@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hcodec_core.audio.decode import DecodedInfo
@@ -30,7 +30,15 @@ from hcodec_core.errors import (
 )
 from hcodec_core.inference.batching import Batcher, Encoded
 from hcodec_core.inference.segmented import token_bounds
-from hcodec_core.jobs import DecodeLimits, FileOutcome, Outcome
+from hcodec_core.jobs import (
+    DecodeLimits,
+    FileOutcome,
+    FormatUse,
+    Outcome,
+    StepUse,
+    Timings,
+    WorkUse,
+)
 from hcodec_core.storage import Storage
 from hcodec_core.tokens import CodecSpec
 
@@ -67,10 +75,28 @@ class FedFile:
 
 @dataclass
 class FeedSeconds:
-    """Seconds that threads spent on each step, added up."""
+    """Seconds that threads spent on each step, added up, and what each format needed."""
 
     download: float = 0.0
     decode: float = 0.0
+    formats: dict[str, FormatUse] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_download(self, seconds: float) -> None:
+        """A file was downloaded."""
+        with self.lock:
+            self.download += seconds
+
+    def add_decode(self, seconds: float) -> None:
+        """A file was decoded, or given up."""
+        with self.lock:
+            self.decode += seconds
+
+    def add_file(self, container: str, use: FormatUse) -> None:
+        """A whole file of this container was decoded."""
+        with self.lock:
+            parts = [WorkUse(formats=self.formats), WorkUse(formats={container: use})]
+            self.formats = WorkUse.total(parts).formats
 
 
 class ScratchBudget:
@@ -110,7 +136,10 @@ class ScratchBudget:
 
 @dataclass(frozen=True)
 class FeedParts:
-    """What all feeds of a worker share. ``num_decoders``: processes of ``pool``."""
+    """What all feeds of a worker share. ``num_decoders``: processes of ``pool``.
+
+    ``num_shards_at_once``: feeds that share the rest.
+    """
 
     storage: Storage
     pool: DecoderPool
@@ -120,6 +149,27 @@ class FeedParts:
     limits: DecodeLimits
     num_decoders: int
     num_downloads: int
+    num_shards_at_once: int = 1
+
+    def work(self, seconds: FeedSeconds, timings: Timings, audio_seconds: float) -> WorkUse:
+        """Use of each step while one shard was worked on."""
+        # Shards that are worked on at once share decoders and encoder; downloads are their own.
+        passed = timings.total_seconds
+        shared = passed / self.num_shards_at_once
+        steps = {
+            "network": (timings.download_seconds, passed * self.num_downloads),
+            "decode": (timings.decode_seconds, shared * self.num_decoders),
+            "encode": (timings.encode_seconds, shared),
+            "write": (timings.write_seconds, passed),
+        }
+        return WorkUse(
+            steps={
+                name: StepUse(busy_seconds=busy, lane_seconds=lanes)
+                for name, (busy, lanes) in steps.items()
+            },
+            formats=seconds.formats,
+            audio_seconds=audio_seconds,
+        )
 
 
 @dataclass
@@ -277,7 +327,7 @@ class Feed:
             path.unlink(missing_ok=True)
             self._add(FedFile(file, outcome=_outcome(file, outcome)))
             return False
-        self.seconds.download += time.monotonic() - started
+        self.seconds.add_download(time.monotonic() - started)
         self._progress()
         self._local.put(_Stage(file, path))
         return True
@@ -293,8 +343,9 @@ class Feed:
 
     def _decode(self, stage: _Stage) -> FedFile:
         clips: list[ClipPart] = []
+        clock = _Clock()
         try:
-            info = self._decode_into(stage.path, clips)
+            info = self._decode_into(stage.path, clips, clock)
         except AudioError as error:
             _cancel(clips)
             outcome = quarantined(stage.file, error.reason, str(error))
@@ -302,12 +353,21 @@ class Feed:
         except BaseException:
             _cancel(clips)
             raise
+        finally:
+            self.seconds.add_decode(clock.seconds)
+        self.seconds.add_file(
+            info.container.value,
+            FormatUse(
+                num_bytes=stage.file.size,
+                audio_seconds=info.duration_seconds,
+                decode_seconds=clock.seconds,
+            ),
+        )
         return FedFile(stage.file, tuple(clips), info)
 
-    def _decode_into(self, path: Path, clips: list[ClipPart]) -> DecodedInfo:
+    def _decode_into(self, path: Path, clips: list[ClipPart], clock: _Clock) -> DecodedInfo:
         spec = self._parts.spec
-        started = time.monotonic()
-        with self._parts.pool.decode(path) as stream:
+        with clock.running(), self._parts.pool.decode(path) as stream:
             cut = segments(
                 stream,
                 sample_rate=spec.sample_rate,
@@ -316,12 +376,10 @@ class Feed:
                 halo_seconds=spec.settings.halo_seconds,
             )
             for segment in cut:
-                self.seconds.decode += time.monotonic() - started
-                self._check()
-                clips.append(self._submit(segment))
-                self._progress()
-                started = time.monotonic()
-            self.seconds.decode += time.monotonic() - started
+                with clock.standing():
+                    self._check()
+                    clips.append(self._submit(segment))
+                    self._progress()
             return stream.info
 
     def _submit(self, segment: Segment) -> ClipPart:
@@ -374,6 +432,29 @@ class Feed:
             while True:
                 if (stage := self._local.get_nowait()) is not None:
                     self._parts.budget.give_back(self._size_on_disk(stage.file))
+
+
+class _Clock:
+    """Seconds of work on one file, without the waits for the encoder."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds -= time.monotonic() - started
 
 
 def _cancel(parts: Sequence[ClipPart]) -> None:

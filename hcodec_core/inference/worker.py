@@ -44,7 +44,7 @@ from hcodec_core.inference.attempts import Attempt, Workshop
 from hcodec_core.inference.batching import Batcher, BatchShape
 from hcodec_core.inference.engine import Engine
 from hcodec_core.inference.feed import FeedParts, ScratchBudget
-from hcodec_core.inference.reports import Gain, ProgressBoard, build_of
+from hcodec_core.inference.reports import Gain, ProgressBoard, StartClock, build_of
 from hcodec_core.jobs import DecodeLimits, TokenizeJob, read_job
 from hcodec_core.models.loading import load_codec
 from hcodec_core.storage import Storage, probe_conditional_writes
@@ -90,6 +90,11 @@ class WorkerOptions:
     heartbeat_seconds: float = 5.0
     progress_seconds: float = 2.0
 
+    @property
+    def num_shards_at_once(self) -> int:
+        """Shards to work on at once."""
+        return self.num_parallel_shards or (2 if self.device.startswith("cuda") else 1)
+
 
 def run_worker(
     job_uri: str, storage: Storage, options: WorkerOptions, stop: threading.Event
@@ -103,6 +108,7 @@ def run_worker(
         ConfigError: Job, codec, device or storage cannot be used (exit code 43).
         StorageError: Storage stayed away (exit code 1).
     """
+    clock = StartClock()
     job = read_job(storage.read(job_uri))
     plan = fetch_plan_files(storage, job, options.scratch_path / "files.parquet")
     pending = pending_shards(storage, job, plan.shards())
@@ -114,15 +120,17 @@ def run_worker(
     options = _in_batch_class(job, storage, options)
     probe_conditional_writes(storage, job.plan_uri)
     worker_id = worker_identity(options.identity)
-    board = ProgressBoard(storage, job, worker_id, options.progress_seconds)
+    clock.lap("plan")
+    board = ProgressBoard(storage, job, worker_id, options.progress_seconds, clock)
     phase = "stopped"
     try:
         board.set_phase("loading codec")
-        engine = load_engine(job, storage, options)
+        engine = load_engine(job, storage, options, clock)
         with ExitStack() as stack:
             workshop = _open_workshop(stack, job, storage, options, plan, board, worker_id, engine)
             code = _Foreman(workshop, options, pending, stop).run()
         phase = "done" if code == EXIT_OK else phase
+        logger.info("Where the time went: %s.", board.work.for_people)
         return code
     finally:
         board.close(phase)
@@ -143,8 +151,11 @@ def _in_batch_class(job: TokenizeJob, storage: Storage, options: WorkerOptions) 
     )
 
 
-def load_engine(job: TokenizeJob, storage: Storage, options: WorkerOptions) -> Engine:
+def load_engine(
+    job: TokenizeJob, storage: Storage, options: WorkerOptions, clock: StartClock | None = None
+) -> Engine:
     """Load the codec that the job pins. Raises ``ConfigError`` when anything differs."""
+    clock = clock or StartClock()
     codec = load_codec(
         job.codec_uri,
         job.settings,
@@ -158,8 +169,10 @@ def load_engine(job: TokenizeJob, storage: Storage, options: WorkerOptions) -> E
             f"{codec.spec.encode_id[:12]}: make the plan again with this version."
         )
     engine = Engine(codec, options.num_threads)
+    clock.lap("weights")
     # What a first batch costs (compilation, libraries), and what is broken, comes before any lease.
     engine.encode_clips([np.zeros(codec.spec.sample_rate, np.float32)])
+    clock.lap("first batch")
     return engine
 
 
@@ -197,6 +210,7 @@ def _open_workshop(
             limits=job.limits,
             num_decoders=options.num_decoders,
             num_downloads=options.num_downloads,
+            num_shards_at_once=options.num_shards_at_once,
         ),
         board=board,
         build=build_of(engine),
@@ -283,8 +297,7 @@ class _Foreman:
         order = list(pending)
         random.Random(f"{job.plan_id}:{options.index}").shuffle(order)
         self._shards = _Shards(deque(order))
-        on_gpu = options.device.startswith("cuda")
-        self._num_parallel = options.num_parallel_shards or (2 if on_gpu else 1)
+        self._num_parallel = options.num_shards_at_once
 
     def run(self) -> int:
         """Work until all shards are accounted for; returns the exit code."""
@@ -379,7 +392,7 @@ class _Foreman:
             if attempt.result is not None:
                 self._shards.held.remove(attempt.shard)
                 self._failed_in_a_row.clear()
-                self._workshop.board.advance(Gain(num_shards=1))
+                self._workshop.board.advance(Gain(num_shards=1, work=attempt.result.work))
             elif attempt.error is not None:
                 self._after_failure(attempt)
 

@@ -110,7 +110,8 @@ def describe_plan(made: Plan) -> list[str]:
         f"{made.num_quarantined_files} in quarantine; {made.num_tombstones} deleted",
         f"To encode: {made.num_files} files, {size_text(made.num_bytes)}, about "
         f"{made.audio_hours:.2f} h of audio in {made.num_shards} shards",
-        f"Estimate: {made.worker_hours:.2f} worker hours, {made.cost:.2f} {made.currency}",
+        f"Estimate: {made.worker_hours:.2f} worker hours, {made.cost:.2f} {made.currency} "
+        f"({made.rate_text})",
     ]
     if made.num_remaining_files:
         lines.append(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from hcodec_core.dataset.shards import (
 from hcodec_core.errors import CheckpointError, ConfigError, QuarantineReason
 from hcodec_core.inference.engine import Engine
 from hcodec_core.inference.worker import WorkerOptions, run_worker
-from hcodec_core.jobs import Outcome, ShardResult, TokenizeJob, WorkerProgress
+from hcodec_core.jobs import Outcome, ShardResult, TokenizeJob, WorkerProgress, WorkUse
 from hcodec_core.models.loading import load_codec
 from hcodec_core.storage import ObjectInfo, Storage, file_uri, open_storage
 from tests.inference.plans import (
@@ -185,6 +185,24 @@ def assert_is_file_alone(engine: Engine, path: Path, row: dict) -> None:
     assert row["native_sample_rate"] == info.sample_rate
 
 
+def check_work(
+    report: WorkerProgress, done: Iterable[ShardResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the time went stands in the results of shards, the report and the last line."""
+    works = [result.work for result in done]
+    assert all(works)
+    work = WorkUse.total(work for work in works if work is not None)
+    assert report.work is not None
+    assert list(work.steps) == ["network", "decode", "encode", "write"] == list(report.work.steps)
+    assert all(0 < step.share <= 1 for step in work.steps.values())
+    for name, step in work.steps.items():
+        assert report.work.steps[name].busy_seconds == pytest.approx(step.busy_seconds)
+    decoded_seconds = sum(use.audio_seconds for use in work.formats.values())
+    assert decoded_seconds >= work.audio_seconds * (1 - 1e-9)
+    assert all(use.num_bytes and use.decode_seconds for use in work.formats.values())
+    assert f"Where the time went: {report.work.for_people}." in caplog.messages
+
+
 def check_books(storage: Storage, job: TokenizeJob, caplog: pytest.LogCaptureFixture) -> None:
     """Result documents, progress report and log say the same."""
     done = results_by_shard(storage, job).values()
@@ -196,6 +214,15 @@ def check_books(storage: Storage, job: TokenizeJob, caplog: pytest.LogCaptureFix
     assert report.audio_seconds == pytest.approx(sum(result.audio_seconds for result in done))
     assert report.sequence > 0
     assert report.held_shards == {}
+    assert list(report.start_seconds) == [
+        "import",
+        "plan",
+        "weights",
+        "first batch",
+        "first tokens",
+    ]
+    assert all(seconds >= 0 for seconds in report.start_seconds.values())
+    check_work(report, done, caplog)
     lines = [r.fields for r in caplog.records if hasattr(r, "fields")]
     assert sorted(line["shard_id"] for line in lines) == sorted(results_by_shard(storage, job))
     assert sum(line["num_quarantined"] for line in lines) == 3
