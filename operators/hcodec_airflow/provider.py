@@ -85,6 +85,10 @@ _CONNECTION: dict[str, Any] = {
             "schema": {"type": ["string", "null"], "format": "password"},
         },
         "cluster_context": {"label": "Context of the kubeconfig", "schema": _TEXT},
+        "disable_verify_ssl": {
+            "label": "Do not check the API server's certificate",
+            "schema": {"type": ["boolean", "null"]},
+        },
         "namespace": {
             "label": "Namespace of the workers",
             "description": "Empty: as the file of option kubernetes_file says.",

@@ -5,9 +5,12 @@ Workers are a few lines of Python here; ``test_kube_matrix.py`` has real ones.
 
 from __future__ import annotations
 
+import json
 import logging
+import ssl
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -25,6 +28,7 @@ from hcodec_core.dataset.batch_choice import read_batch_choice
 from hcodec_core.dataset.leases import EndingKind, read_ending
 from hcodec_core.errors import AccessError, ConfigError
 from hcodec_core.jobs import WorkerProgress
+from tests.cluster.certificates import Authority
 from tests.kube import kinds
 from tests.kube.server import ALL_GROUPS, KubeServer, NodeSpec
 from tests.operators.kube_bed import Bed, Triggerer, wait_until
@@ -434,9 +438,60 @@ async def test_access_reviews_name_every_missing_verb(make_bed, kube):
     assert "jobs: delete; pods/log: get" in message
 
 
-def test_the_button_test_of_the_connection(make_bed, kube, monkeypatch):
-    import json
+class GrantingServer(BaseHTTPRequestHandler):
+    """An API server that grants everything and serves nothing else."""
 
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self._answer({"groups": []})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer({"status": {"allowed": True}})
+
+    def _answer(self, body):
+        content = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def foreign_certificate(tmp_path):
+    """URL of an API server whose certificate is not for its address."""
+    pair = Authority(tmp_path).issue("server", addresses=("elsewhere.example",))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pair.certificate, pair.key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GrantingServer)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("is_unchecked", [False, True, "true"])
+def test_connection_may_leave_the_certificate_unchecked(
+    foreign_certificate, tmp_path, monkeypatch, is_unchecked
+):
+    path = tmp_path / "kubeconfig"
+    text = Authority(tmp_path).kubeconfig(foreign_certificate, {"token": "t"})
+    path.write_text(text)
+    extra = {"kube_config_path": str(path), "namespace": "n", "disable_verify_ssl": is_unchecked}
+    connection = json.dumps({"conn_type": "hcodec_kubernetes", "extra": extra})
+    monkeypatch.setenv("AIRFLOW_CONN_HCODEC_KUBERNETES", connection)
+    is_good, message = HCodecKubernetesHook().test_connection()
+    assert is_good is bool(is_unchecked), message
+    assert is_good or "certificate" in message.lower()
+
+
+def test_the_button_test_of_the_connection(make_bed, kube, monkeypatch):
     bed = make_bed(FINISH)
     extra = {"kube_config_path": str(bed.kubeconfig), "namespace": "default"}
     connection = json.dumps({"conn_type": "hcodec_kubernetes", "extra": extra})

@@ -152,10 +152,21 @@ def opener(extras: Mapping[str, Any]) -> OpenClient:
             conn_id=None,
             kubernetes_conn_id=None,
             connection_extras=_with_account(extras),
+            client_configuration=_configuration(extras),
         )
         return hook.get_conn()
 
     return open_client
+
+
+def _configuration(extras: Mapping[str, Any]) -> Any:
+    """The client library's settings; the provider's asynchronous hook drops this field."""
+    from kubernetes_asyncio.client import Configuration
+
+    configuration = Configuration()
+    if str(extras.get("disable_verify_ssl")).lower() == "true":
+        configuration.verify_ssl = False
+    return configuration
 
 
 def _with_account(extras: Mapping[str, Any]) -> dict[str, Any]:
