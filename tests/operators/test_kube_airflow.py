@@ -283,11 +283,13 @@ def no_triggerer(scene: Scene) -> Iterator[None]:
     for name in names:
         house.kube.faults.pause(name)
     assert names
-    yield
-    scene.wait_for_no_pods()
-    assert scene.pods() == []
-    house.signal("janitor", signal.SIGCONT)
-    house.start("triggerer")
+    try:
+        yield
+        scene.wait_for_no_pods()
+        assert scene.pods() == []
+    finally:
+        house.signal("janitor", signal.SIGCONT)
+        house.start("triggerer")
 
 
 def scheduler_dies(scene: Scene) -> None:
