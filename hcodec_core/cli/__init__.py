@@ -24,6 +24,7 @@ from hcodec_core.cli import (
     evaluation,
     exports,
     measures,
+    monitoring,
     promotion,
     training,
     upkeep,
@@ -65,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     scoring = (measures, compare, bench, evaluation, promotion)
     keeping = (upkeep, catalogs)
-    data = (datasets, audits, cards, exports)
+    data = (datasets, audits, cards, monitoring, exports)
     for group in (codecs, *scoring, audio, *data, training, *keeping, worker):
         group.add_commands(commands)
     return parser

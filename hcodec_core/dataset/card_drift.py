@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +33,8 @@ _DRAWS_AT_ONCE = 10  # bounds the temporaries of large codebooks
 def jensen_shannon_bits(first: Floats | Ints, second: Floats | Ints) -> Floats:
     """Jensen-Shannon divergence of counts over the last axis, in 0 (equal) .. 1 (disjoint) bits."""
     p, q = _shares(first), _shares(second)
-    middle = (p + q) / 2
-    return (
-        np.asarray(np.maximum(_relative_entropy(p, middle) + _relative_entropy(q, middle), 0)) / 2
-    )
+    gain = _entropy_bits((p + q) / 2) - (_entropy_bits(p) + _entropy_bits(q)) / 2
+    return np.asarray(np.clip(gain, 0, 1))
 
 
 def population_stability(first: Floats | Ints, second: Floats | Ints) -> Floats:
@@ -49,10 +48,8 @@ def _shares(counts: Floats | Ints) -> Floats:
     return np.asarray(counts / np.maximum(total, 1e-300))
 
 
-def _relative_entropy(p: Floats, q: Floats) -> Floats:
-    used = p > 0
-    ratio = np.divide(p, q, out=np.ones_like(p), where=used)
-    return np.asarray((p * np.log2(ratio)).sum(axis=-1))
+def _entropy_bits(shares: Floats) -> Floats:
+    return np.asarray(-(shares * np.log2(np.maximum(shares, 1e-300))).sum(axis=-1))
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,34 @@ class Noise:
     psi: float
 
 
+@dataclass(frozen=True)
+class SampledFile:
+    """One file: per stream and codebook the entries used and how often; the columns asked for."""
+
+    audio_id: str
+    books: list[tuple[Ints, Ints]]
+    columns: dict[str, Any]
+
+
 @dataclass
 class FileSample:
     """The files with the smallest ids: ids are digests, so it is a fair sample in any order.
 
-    ``files``: (id, per stream and codebook the entries used and how often), in order of ids.
+    ``files`` are in order of ids. ``columns``: what else of a row is kept.
     """
 
     streams: Sequence[StreamSpec]
     max_files: int = SAMPLE_FILES
-    files: list[tuple[str, list[tuple[Ints, Ints]]]] = field(default_factory=list)
+    columns: Sequence[str] = ()
+    files: list[SampledFile] = field(default_factory=list)
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take those rows of a batch that belong into the sample."""
         for row, audio_id in enumerate(batch.column("audio_id").to_pylist()):
-            if len(self.files) < self.max_files or audio_id < self.files[-1][0]:
-                insort(self.files, (audio_id, self._books(batch, row)), key=lambda item: item[0])
+            if len(self.files) < self.max_files or audio_id < self.files[-1].audio_id:
+                kept = {name: batch.column(name)[row].as_py() for name in self.columns}
+                file = SampledFile(audio_id, self._books(batch, row), kept)
+                insort(self.files, file, key=lambda item: item.audio_id)
                 del self.files[self.max_files :]
 
     def noise(self, num_first: int, num_second: int) -> Iterator[Noise | None]:
@@ -95,7 +104,15 @@ class FileSample:
         first = rng.multinomial(num_first, chances, NUM_DRAWS)
         second = rng.multinomial(num_second, chances, NUM_DRAWS)
         for book, size in enumerate(sizes):
-            yield _noise_of(self._counts(book, size), first, second)
+            yield _noise_of(self.counts(book, size), first, second)
+
+    def counts(self, book: int, size: int) -> Floats:
+        """Counts [file, entry] of a codebook (over all streams); float64 holds their sums."""
+        dense = np.zeros((len(self.files), size))
+        for row, file in enumerate(self.files):
+            entries, counts = file.books[book]
+            dense[row, entries] = counts
+        return dense
 
     def _books(self, batch: pa.RecordBatch, row: int) -> list[tuple[Ints, Ints]]:
         found = []
@@ -108,14 +125,6 @@ class FileSample:
                 usable = (entries >= 0) & (entries < stream.codebook_size)
                 found.append((entries[usable].astype(np.int64), counts[usable].astype(np.int64)))
         return found
-
-    def _counts(self, book: int, size: int) -> Floats:
-        """Counts [file, entry]; float64 holds them and their sums exactly."""
-        dense = np.zeros((len(self.files), size))
-        for row, (_, books) in enumerate(self.files):
-            entries, counts = books[book]
-            dense[row, entries] = counts
-        return dense
 
 
 def _noise_of(counts: Floats, first: Ints, second: Ints) -> Noise:

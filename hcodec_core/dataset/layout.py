@@ -5,6 +5,7 @@
     versions/v<N>.json            version records
     cards/v<N>/                   dataset cards: index.html, card.json
     quarantine/<plan_id>.parquet  files without tokens, of published plans
+    drift/                        windows that were judged, and their evidence (``monitoring``)
 <warehouse_uri>/<namespace>/<dataset>__<encode id, 12 digits>/
     metadata/                     Iceberg
     data/<plan_id>/               Parquet files of one plan
@@ -63,6 +64,11 @@ class DatasetLayout:
     def quarantine_uri(self) -> str:
         """Folder of the quarantine files of published plans."""
         return join_uri(self.work_uri, "quarantine")
+
+    @property
+    def drift_uri(self) -> str:
+        """Folder of what monitoring found."""
+        return join_uri(self.work_uri, "drift")
 
     def plan_uri(self, plan_id: str) -> str:
         """Folder of one plan."""

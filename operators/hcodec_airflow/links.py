@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 REPORT_URL_KEY = "report_url"
 CARD_URL_KEY = "card_url"
+EVIDENCE_URL_KEY = "evidence_url"
 LOGS_URL_KEY = "logs_url"
 MANIFEST_URL_KEY = "manifest_url"
 
@@ -76,3 +77,16 @@ class DatasetCardLink(BaseOperatorLink):
         from airflow.sdk.execution_time.xcom import XCom
 
         return str(XCom.get_value(key=CARD_URL_KEY, ti_key=ti_key) or "")
+
+
+class DriftEvidenceLink(BaseOperatorLink):
+    """Leads to the evidence page of a window that was judged."""
+
+    @property
+    def name(self) -> str:
+        """Text of the button."""
+        return "Drift evidence"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """Address of the page, empty when nothing was judged."""
+        return _pushed(EVIDENCE_URL_KEY, ti_key)

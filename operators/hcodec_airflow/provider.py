@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 EXTRA_LINKS = (
     "hcodec_airflow.links.ValidationReportLink",
     "hcodec_airflow.links.DatasetCardLink",
+    "hcodec_airflow.links.DriftEvidenceLink",
     "hcodec_airflow.links.WorkerLogsLink",
     "hcodec_airflow.links.JobManifestLink",
 )

@@ -76,6 +76,9 @@ def refusal(dag, conf):
     except (ParamValidationError, ValueError) as error:
         return str(error).splitlines()[0]
 
+def watched(dag):
+    return getattr(getattr(dag.timetable, "asset_condition", None), "objects", ())
+
 bag = DagBag(sys.argv[1])
 confs = json.loads(sys.argv[2])
 facts = {"errors": bag.import_errors, "dags": {}, "modules": sorted(sys.modules)}
@@ -93,6 +96,7 @@ for dag_id, dag in bag.dags.items():
         "timeouts": [t.task_id for t in stored.tasks if t.execution_timeout],
         "params": {name: dag.params.get_param(name).serialize() for name in dag.params},
         "schedule": str(dag.schedule),
+        "watched": sorted(part.name for part in watched(dag)),
         "max_active_runs": dag.max_active_runs,
         "outlets": [type(o).__name__ + " " + o.name for t in dag.tasks for o in t.outlets],
         "refusals": [refusal(dag, conf) for conf in confs.get(dag_id, [])],
@@ -139,6 +143,20 @@ UPKEEP_CONFS: list[dict[str, object]] = [
     {"datasets": None, "dry_run": "always", "expire_after_days": 0},
 ]
 
+MONITOR_CONFS: list[dict[str, object]] = [
+    {"datasets": ["speech"], "reference": "v3", "window": "version"},
+    {"datasets": "speech"},
+    {"datasets": ["De mo"]},
+    {"reference": ""},
+    {"window": "all"},
+    {"windows_in_a_row": 0},
+    {"cool_down_days": -1},
+    {"false_alarm_rate": 0.5},
+    {"least_psi": -1},
+    {"min_files": 19},
+    {"datasets": None, "reference": "pinned", "false_alarm_rate": 0.001, "cool_down_days": 0},
+]
+
 
 def _python(home: Path, *arguments: str) -> str:
     environment = {
@@ -164,7 +182,11 @@ def _heavy(modules: list[str]) -> list[str]:
 
 
 def _facts(home: Path, folder: Path) -> dict:
-    confs = {"tokenize_corpus": CONFS, "maintain_datasets": UPKEEP_CONFS}
+    confs = {
+        "tokenize_corpus": CONFS,
+        "maintain_datasets": UPKEEP_CONFS,
+        "monitor_tokens": MONITOR_CONFS,
+    }
     text = _python(home, BAG, str(folder), json.dumps(confs))
     return json.loads(text.partition("FACTS")[2])
 
@@ -259,6 +281,21 @@ def test_upkeep_is_weekly_and_one_task_per_declared_dataset(facts):
     assert dag["outlets"] == []
     assert dag["timeouts"] == []
     assert dag["params"]["dry_run"]["value"] == "by hand"
+    refusals = dag["refusals"]
+    assert refusals[0] is None
+    assert refusals[-1] is None
+    assert all(refusals[1:-1]), refusals
+
+
+def test_monitoring_follows_every_declared_dataset_and_the_manual_dag(facts):
+    dag = facts["dags"]["monitor_tokens"]
+    assert dag["watched"] == ["tokenize_corpus", "tokens__by_hand", "tokens__speech"]
+    assert dag["max_active_runs"] == 1
+    assert dag["tasks"] == ["choose", "monitor"]
+    assert dag["mapped"] == ["monitor"]
+    assert dag["outlets"] == ["AssetAlias monitor_tokens"]
+    assert dag["links"]["monitor"] == ["Drift evidence"]
+    assert dag["timeouts"] == []
     refusals = dag["refusals"]
     assert refusals[0] is None
     assert refusals[-1] is None

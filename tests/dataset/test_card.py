@@ -307,7 +307,7 @@ def test_a_sample_is_of_the_smallest_ids_in_any_order(local_world: World) -> Non
     for batch in reversed(batches):
         backwards.add(batch)
     ids = sorted(audio_id for batch in batches for audio_id in batch["audio_id"].to_pylist())
-    assert [audio_id for audio_id, _ in forwards.files] == ids[:7]
+    assert [file.audio_id for file in forwards.files] == ids[:7]
     assert str(forwards.files) == str(backwards.files)
 
 
