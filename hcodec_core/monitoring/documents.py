@@ -85,8 +85,8 @@ class StatisticDrift(_Document):
 class FileDrift(_Document):
     """One file's part of the divergence of all codebooks that moved.
 
-    ``share``: of what all files of the sample add; ``bits_per_code``: how unlike the reference its
-    codes are.
+    ``share``: of what all files of the sample add, those like the reference a negative one;
+    ``bits_per_code``: how unlike the reference its codes are.
     """
 
     uri: str

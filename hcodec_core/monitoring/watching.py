@@ -25,6 +25,7 @@ from hcodec_core.monitoring.judging import judge
 from hcodec_core.monitoring.profiles import Profile
 from hcodec_core.monitoring.windows import (
     Side,
+    earlier_versions,
     find_base,
     find_reference,
     manifest_of,
@@ -119,8 +120,11 @@ class _Due:
         window = Side(*resolve_version(table, version))
         steps = WindowHistory(storage, layout).steps()
         counted = find_step(steps, window.version, reference.version)
-        others = [step for step in steps if step.version != window.version]
-        base = find_base(table, terms, reference, others[-1].version if others else None)
+        others = [step.version for step in steps if step.version != window.version]
+        if version != "latest":  # as it was when that version was the latest
+            earlier = earlier_versions(table, window.version)
+            others = [name for name in others if name in earlier]
+        base = find_base(table, terms, reference, others[-1] if others else None)
         return cls(table, window, base, reference, steps, counted)
 
 

@@ -67,6 +67,12 @@ def find_base(
     return reference
 
 
+def earlier_versions(table: Table, version: str) -> list[str]:
+    """Versions before this one; all of them for a tag or branch that is none."""
+    names = list(version_entries(table))
+    return names[: names.index(version)] if version in names else names
+
+
 def reference_profile(table: Table, reference: Side) -> Profile:
     """The profile of all rows of the reference. Raises ``StorageError``."""
     profile = Profile(manifest_of(table))

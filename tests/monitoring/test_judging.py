@@ -11,7 +11,7 @@ from hcodec_core.monitoring.judging import judge
 from tests.monitoring.conftest import OTHER, SPEECH, profile_of, toy_tokens
 
 RATE = 0.2
-NUM_WINDOWS = 200
+NUM_WINDOWS = 120
 
 
 def _rows(manifest, label, count, kind=SPEECH, **options):
@@ -38,8 +38,8 @@ def test_windows_without_change_drift_at_the_declared_rate(manifest, num_referen
         chosen = [pool[n] for n in rng.choice(len(pool), num_reference + num_window, False)]
         found = _judged(manifest, chosen[:num_reference], chosen[num_reference:])
         num_hits += bool(_moved(found))
-    # 200 windows at a rate of 0.2: 40 expected, four standard deviations are 23.
-    assert 17 <= num_hits <= 63, num_hits
+    # 24 expected, four standard deviations are 17.
+    assert 7 <= num_hits <= 41, num_hits
 
 
 def test_another_kind_of_audio_is_seen(manifest):

@@ -210,6 +210,9 @@ def test_the_command(pinned, add, capsys, tmp_path):
     code, shown = _hcodec(pinned, capsys, "--record", "--windows-in-a-row", "1", "--json")
     found = json.loads(shown.out)
     assert (code, found["is_alarm"], found["step"]["number"]) == (3, True, 2)
+    code, shown = _hcodec(pinned, capsys, "--version", "3")
+    assert code == 0, shown.out
+    assert "30 files of v3 that v1 does not have" in shown.out
     assert _hcodec(pinned, capsys, "--record", "--version", "v2")[0] == 43
     code, shown = _hcodec(pinned, capsys, "--false-alarm-rate", "2")
     assert code == 43
