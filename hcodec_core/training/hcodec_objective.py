@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcodec_core.models.base import Codec
 from hcodec_core.models.hcodec.model import AdaptiveHCodec, HCodec
@@ -31,8 +31,8 @@ from hcodec_core.training.recipe import Recipe
 _STREAMS = ("acoustic", "semantic")  # in the order in which the decoder takes them
 
 
-def objective(codec: Codec, recipe: Recipe) -> HCodecObjective:
-    """For ``objective_for``."""
+def objective(codec: Codec, recipe: Recipe, _: str | None) -> HCodecObjective:
+    """For ``objective_for``; the teacher is in the codec."""
     assert isinstance(codec, HCodec)
     if isinstance(codec, AdaptiveHCodec):
         return AdaptiveObjective(codec, recipe)
@@ -59,7 +59,8 @@ class HCodecObjective:
         """Keep the codec and make the trainers of its codebooks."""
         self.codec: HCodec = codec
         self.recipe = recipe
-        self.quantizers: Mapping[str, QuantizerTrainer] = {
+        self.beside = nn.Module()
+        self.quantizers = {
             name: QuantizerTrainer(_quantizer(codec, name), recipe.quantizer) for name in _STREAMS
         }
 

@@ -25,7 +25,7 @@ from hcodec_core.training.losses import (
     feature_matching_loss,
     judge_loss,
 )
-from hcodec_core.training.objective import GeneratorPass, Objective, set_training
+from hcodec_core.training.objective import GeneratorPass, Objective, hold_still, set_training
 from hcodec_core.training.ranks import GradientSum, Ranks
 from hcodec_core.training.recipe import OptimizerRecipe, Recipe
 
@@ -52,6 +52,7 @@ class Learner:
         self.share = Share(recipe.batch_size, ranks.rank, ranks.size)
         codec = objective.codec
         trained = [(n, p) for n, p in codec.named_parameters() if p.requires_grad]
+        trained += [(f"beside.{n}", p) for n, p in objective.beside.named_parameters()]
         self.generator = TrainedPart(
             trained, recipe.optimizer.learning_rate, recipe.optimizer, ranks
         )
@@ -76,6 +77,8 @@ class Learner:
             for key, value in codec.state_dict().items()
             if codec.part_of(key) is not Part.SSL
         }
+        beside = self.objective.beside.state_dict()
+        state |= {f"beside.{key}": value for key, value in beside.items()}
         for name, trainer in self.objective.quantizers.items():
             state |= {f"quantizer.{name}.{key}": v for key, v in trainer.tensors().items()}
         state |= {f"generator.{key}": value for key, value in self.generator.tensors().items()}
@@ -116,6 +119,7 @@ class Learner:
         """
         # Dropout draws from torch's global generator.
         torch.manual_seed(seed_of(self.recipe.seed, "step", step, self.ranks.rank))
+        hold_still(self.objective.codec, self.generator.parameters, self.recipe, step)
         set_training(self.objective.codec)
         audio = batch.audio.to(self.device, non_blocking=True)
         with self._autocast():
@@ -134,7 +138,7 @@ class Learner:
         if self.learns_codebooks:
             self._move_codebooks(step, result)
         if self.average is not None:
-            self.average.update()
+            self.average.update(follows=step >= self.recipe.optimizer.ema_from)
         return StepResult(means, should_stop)
 
     def codebook_use(self) -> dict[str, float]:
@@ -277,28 +281,28 @@ class TrainedPart:
     ) -> None:
         """``named`` in an order that all ranks share."""
         self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
+        self.parameters = [parameter for _, parameter in named]
         self._learning_rate, self._clip_norm = learning_rate, recipe.clip_norm
         self._optimizer = torch.optim.AdamW(
-            self._parameters,
+            self.parameters,
             lr=learning_rate,
             betas=recipe.betas,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
         # Made now, not in the first step: a checkpoint is loaded into these.
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             self._optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self._sum = GradientSum(self._parameters, ranks)
+        self._sum = GradientSum(self.parameters, ranks)
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter."""
         state = {}
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        for name, parameter in zip(self._names, self.parameters, strict=True):
             for key, value in self._optimizer.state[parameter].items():
                 state[f"{name}.{key}"] = value.view(1) if value.ndim == 0 else value
         return state
@@ -308,7 +312,10 @@ class TrainedPart:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._sum.finish()
-        return nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        for parameter in self.parameters:
+            if not parameter.requires_grad:  # held still: no step, no decay
+                parameter.grad = None
+        return nn.utils.clip_grad_norm_(self.parameters, self._clip_norm)
 
     def update(self, rate_share: float) -> None:
         """Take the optimiser's step."""
@@ -329,10 +336,11 @@ class WeightAverage:
         """The averages by parameter."""
         return self._averages
 
-    def update(self) -> None:
-        """Move the averages towards the parameters."""
+    def update(self, follows: bool = True) -> None:
+        """Move the averages towards the parameters, or put them there when they do not follow."""
         current = [parameter.detach() for _, parameter in self._named]
-        torch._foreach_lerp_(list(self._averages.values()), current, 1.0 - self._decay)
+        share = 1.0 - self._decay if follows else 1.0
+        torch._foreach_lerp_(list(self._averages.values()), current, share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -32,6 +32,8 @@ class QuantizerPass:
 
     vectors: [B, D, T], with a gradient. commitment: mean over the codebooks in use. counts [q, K],
     sums [q, K, D]: of this rank's assignments. candidates: [q, C, D], vectors that were quantised.
+    codebook: loss that moves entries, mean over those in use; None where they follow averages (sums
+    and candidates are empty otherwise).
     """
 
     vectors: Tensor
@@ -39,30 +41,27 @@ class QuantizerPass:
     counts: Tensor
     sums: Tensor
     candidates: Tensor
+    codebook: Tensor | None = None
 
 
-class QuantizerTrainer:
-    """The state beside one quantiser's codebooks.
+class CodebookTrainer:
+    """How often the entries of one quantiser are hit: all there is where entries are parameters.
 
-    ``cluster_sizes`` [Q, K]: moving averages of hits per step over all ranks; ``cluster_sums``
-    [Q, K, D]: of the vectors that hit.
+    ``cluster_sizes`` [Q, K]: moving averages of hits per step over all ranks.
     """
 
-    def __init__(self, quantizer: ResidualQuantizer, recipe: QuantizerRecipe) -> None:
+    def __init__(self, cluster_sizes: Tensor, recipe: QuantizerRecipe) -> None:
         """Before the first pass call ``start`` or ``go_on_from``, or load the tensors."""
-        self.quantizer, self.recipe = quantizer, recipe
-        books = quantizer.codebooks
-        self.cluster_sizes = torch.zeros(books.shape[:2], device=books.device)
-        self.cluster_sums = torch.zeros_like(books)
+        self.cluster_sizes, self.recipe = cluster_sizes, recipe
 
     @property
     def num_codebooks(self) -> int:
         """Codebooks in all."""
-        return len(self.quantizer.codebooks)
+        return len(self.cluster_sizes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the codebooks."""
-        return {"cluster_sizes": self.cluster_sizes, "cluster_sums": self.cluster_sums}
+        """What a checkpoint must hold beside the codec."""
+        return {"cluster_sizes": self.cluster_sizes}
 
     def draw_num_used(self, *key: Key) -> int:
         """How many codebooks a step uses; the same on all ranks."""
@@ -71,6 +70,54 @@ class QuantizerTrainer:
         if chance >= self.recipe.dropout_share:
             return self.num_codebooks
         return 1 + int(torch.randint(self.num_codebooks, (1,), generator=generator))
+
+    def start(self, points: Tensor, points_per_step: int, *key: Key) -> None:
+        """Begin with ``points`` [P, D], the same on all ranks; entries come of them if they can.
+
+        ``points_per_step``: vectors that a step quantises over all ranks.
+        """
+        self.go_on_from(points_per_step)
+
+    def go_on_from(self, points_per_step: int) -> None:
+        """Take the entries as they are, as if each had been hit equally often."""
+        self.cluster_sizes.fill_(points_per_step / self.cluster_sizes.shape[1])
+
+    def apply(self, counts: Tensor, sums: Tensor) -> None:
+        """Take what was assigned over all ranks into the averages."""
+        self.cluster_sizes[: len(counts)].lerp_(counts, 1.0 - self.recipe.decay)
+
+    def replace_dead(self, candidates: Tensor, ranks: Ranks, *key: Key) -> int:
+        """Put vectors of the batch in place of entries that are hardly hit; returns how many.
+
+        ``candidates``: of this rank, [q, C, D]. All ranks must call; the same entries become the
+        same vectors on each.
+        """
+        return 0
+
+    def use(self) -> Mapping[str, list[float]]:
+        """Per codebook: ``perplexity`` of the entries, and the share of them that is hit."""
+        shares = self.cluster_sizes / self.cluster_sizes.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        entropy = -(shares * shares.clamp(min=1e-12).log()).sum(dim=1)
+        is_hit = shares > 0.05 / shares.shape[1]
+        return {"perplexity": entropy.exp().tolist(), "used": is_hit.float().mean(dim=1).tolist()}
+
+
+class QuantizerTrainer(CodebookTrainer):
+    """A quantiser whose entries follow moving averages.
+
+    ``cluster_sums`` [Q, K, D]: moving averages of the sums of the vectors that hit.
+    """
+
+    def __init__(self, quantizer: ResidualQuantizer, recipe: QuantizerRecipe) -> None:
+        """See ``CodebookTrainer``."""
+        books = quantizer.codebooks
+        super().__init__(torch.zeros(books.shape[:2], device=books.device), recipe)
+        self.quantizer = quantizer
+        self.cluster_sums = torch.zeros_like(books)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``CodebookTrainer``."""
+        return super().tensors() | {"cluster_sums": self.cluster_sums}
 
     def quantise(self, x: Tensor, num_used: int, mask: Tensor | None = None) -> QuantizerPass:
         """Quantise [B, D, T] with the first ``num_used`` codebooks, in float32.
@@ -109,10 +156,7 @@ class QuantizerTrainer:
         return rotated(x, entries) if self.recipe.gradient == "rotation" else entries
 
     def start(self, points: Tensor, points_per_step: int, *key: Key) -> None:
-        """Make k-means centres of ``points`` [P, D] (the same on all ranks) the first entries.
-
-        ``points_per_step``: vectors that a step quantises over all ranks.
-        """
+        """Make k-means centres of ``points`` the first entries; see ``CodebookTrainer``."""
         scale = points_per_step / len(points)
         for index, book in enumerate(self.quantizer.codebooks):
             generator = torch.Generator().manual_seed(seed_of(*key, index))
@@ -125,10 +169,9 @@ class QuantizerTrainer:
             points = points - centres[nearest]
 
     def go_on_from(self, points_per_step: int) -> None:
-        """Take the entries as they are, as if each had been hit equally often."""
-        size = points_per_step / self.quantizer.codebooks.shape[1]
-        self.cluster_sizes.fill_(size)
-        self.cluster_sums.copy_(self.quantizer.codebooks * size)
+        """See ``CodebookTrainer``."""
+        super().go_on_from(points_per_step)
+        self.cluster_sums.copy_(self.quantizer.codebooks * self.cluster_sizes[:, :, None])
 
     def apply(self, counts: Tensor, sums: Tensor) -> None:
         """Move the entries towards what was assigned to them over all ranks."""
@@ -142,11 +185,7 @@ class QuantizerTrainer:
             self.quantizer.codebooks[index].copy_(vectors / smooth[:, None])
 
     def replace_dead(self, candidates: Tensor, ranks: Ranks, *key: Key) -> int:
-        """Put vectors of the batch in place of entries that are hardly hit; returns how many.
-
-        ``candidates``: of this rank, [q, C, D]. All ranks must call; the same entries become the
-        same vectors on each.
-        """
+        """See ``CodebookTrainer``."""
         pool = ranks.stack(candidates).transpose(0, 1).flatten(1, 2)
         num_dead = 0
         for index, vectors in enumerate(pool):
@@ -162,13 +201,6 @@ class QuantizerTrainer:
             self.cluster_sums[index][dead] = entries * self.recipe.dead_below
             num_dead += len(dead)
         return num_dead
-
-    def use(self) -> Mapping[str, list[float]]:
-        """Per codebook: ``perplexity`` of the entries, and the share of them that is hit."""
-        shares = self.cluster_sizes / self.cluster_sizes.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        entropy = -(shares * shares.clamp(min=1e-12).log()).sum(dim=1)
-        is_hit = shares > 0.05 / shares.shape[1]
-        return {"perplexity": entropy.exp().tolist(), "used": is_hit.float().mean(dim=1).tolist()}
 
 
 def rotated(x: Tensor, entries: Tensor) -> Tensor:

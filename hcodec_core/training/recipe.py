@@ -18,6 +18,14 @@ from hcodec_core.errors import ConfigError
 from hcodec_core.tokens import digest_of
 
 _RECIPES_PATH = Path(__file__).parent / "recipes"
+_LATER_ENTRIES = (
+    ("", "learns_from"),
+    ("optimizer", "ema_from"),
+    ("losses", "codebook"),
+    ("losses", "mel_head"),
+    ("losses", "distillation"),
+)
+"""Entries that came after the first runs: at their defaults they are no part of the digest."""
 
 
 class _Section(BaseModel):
@@ -28,7 +36,8 @@ class OptimizerRecipe(_Section):
     """AdamW with warm-up and a cosine down to ``final_share`` of the learning rate.
 
     ``clip_norm``: gradients' norm at most. ``ema_decay``: of averaged weights, which are validated
-    and exported in place of the last ones; None: no averaging.
+    and exported in place of the last ones; None: no averaging. Averages are the weights themselves
+    before step ``ema_from``.
     """
 
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -39,10 +48,14 @@ class OptimizerRecipe(_Section):
     final_share: float = Field(default=0.01, ge=0, le=1)
     clip_norm: float = Field(default=5.0, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    ema_from: int = Field(default=0, ge=0)
 
 
 class QuantizerRecipe(_Section):
     """How codebooks learn: moving averages of what is assigned to each entry.
+
+    Codebooks that learn by gradients (U-Codec, HH-Codec) take ``gradient``, ``dropout_share``
+    (U-Codec's) and, for what is logged of their use, ``decay``; their entries are not replaced.
 
     The defaults are those of the library with which H-Codec was published. ``dropout_share``: share
     of steps in which only the first so many codebooks are used. ``dead_below``: an entry hit less
@@ -62,7 +75,12 @@ class QuantizerRecipe(_Section):
 
 
 class LossRecipe(_Section):
-    """Weights of the losses. Adversarial training begins at ``adversarial_from``."""
+    """Weights of the losses. Adversarial training begins at ``adversarial_from``.
+
+    ``codebook`` pulls entries towards what they stand for, where they learn by gradients.
+    ``mel_head``: L1 of the log-mel that HH-Codec's vocoder hears. ``distillation``: HH-Codec's
+    likeness of tokens to the teacher over time.
+    """
 
     mel: float = Field(default=15.0, ge=0)
     mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
@@ -71,6 +89,9 @@ class LossRecipe(_Section):
     spectral: float = Field(default=0.0, ge=0)
     spectral_windows: tuple[int, ...] = (512, 1024, 2048)
     commitment: float = Field(default=1.0, ge=0)
+    codebook: float = Field(default=1.0, ge=0)
+    mel_head: float = Field(default=1.0, ge=0)
+    distillation: float = Field(default=0.0, ge=0)
     semantic: float = Field(default=1.0, ge=0)
     semantic_form: Literal["l1", "mse"] = "l1"
     adversarial: float = Field(default=1.0, ge=0)
@@ -158,7 +179,8 @@ class Recipe(_Section):
     ``batch_size``: clips of one step over all ranks. ``train``: ``decoder`` keeps everything that
     decides tokens as it is. ``initial``: first weights, torch's own or such as keep the variance.
     ``dropout``: probability in the layers that have dropout. ``precision``: of products; bfloat16
-    needs a GPU, on a CPU all is float32.
+    needs a GPU, on a CPU all is float32. ``learns_from``: first step at which a module of the codec
+    (``vocoder``) learns; before, it stays as it is, in eval mode.
     """
 
     format_version: Literal[1] = 1
@@ -172,6 +194,7 @@ class Recipe(_Section):
     initial: Literal["torch", "keep-variance"] = "torch"
     dropout: float = Field(default=0.1, ge=0, lt=1)
     precision: Literal["float32", "bfloat16"] = "float32"
+    learns_from: dict[str, int] = Field(default_factory=dict)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     quantizer: QuantizerRecipe = QuantizerRecipe()
     losses: LossRecipe = LossRecipe()
@@ -185,6 +208,7 @@ class Recipe(_Section):
         """Digest of all that decides weights: a run goes on only under the same one."""
         values = self.model_dump(mode="json", exclude={"name", "cadence"})
         del values["data"]["max_bad_share"]  # whoever meets this limit may raise it and go on
+        _drop_unused(values, self.model_dump(exclude_defaults=True))
         return digest_of(values)
 
     @property
@@ -234,6 +258,13 @@ def recipe_of(entries: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         return Recipe.model_validate(entries)
     except ValidationError as error:
         raise ConfigError(f"The recipe {origin} cannot be used: {describe(error)}.") from error
+
+
+def _drop_unused(values: dict[str, Any], changed: Mapping[str, Any]) -> None:
+    """Take later entries that say nothing out of ``values``: runs begun before them go on."""
+    for section, entry in _LATER_ENTRIES:
+        if entry not in (changed.get(section, {}) if section else changed):
+            del (values[section] if section else values)[entry]
 
 
 def _changed(entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

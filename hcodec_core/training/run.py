@@ -237,7 +237,8 @@ class _Run:
         device = torch.device(self.options.device)
         codec.to(device)
         freeze(codec, self.recipe)
-        return Learner(objective_for(codec, self.recipe), self.recipe, self.ranks, device)
+        objective = objective_for(codec, self.recipe, self.request.teacher)
+        return Learner(objective, self.recipe, self.ranks, device)
 
     def _train(
         self, learner: Learner, sources: Sources, identity: CheckpointFacts

@@ -6,6 +6,7 @@ from hcodec_core.errors import ConfigError
 from hcodec_core.models.base import Codec
 from hcodec_core.models.conversion import read_ssl_model
 from hcodec_core.models.hcodec.model import HCodec
+from hcodec_core.nn.ssl import SslModel
 from hcodec_core.nn.ssl_config import SslConfig
 
 
@@ -50,3 +51,14 @@ def _check_shape(found: SslConfig, wanted: SslConfig, teacher: str, name: str) -
                 f"The SSL model {teacher!r} does not fit codec {name}: its {field} is {has}, "
                 f"the codec's {needs}."
             )
+
+
+def read_teacher(teacher: str) -> SslModel:
+    """An SSL model beside a codec, frozen and in eval mode, on the CPU.
+
+    Raises ``CheckpointError`` when it cannot be read.
+    """
+    config, tensors = read_ssl_model(teacher)
+    ssl = SslModel(config)
+    ssl.load_state_dict(dict(tensors))
+    return ssl.eval().requires_grad_(False)

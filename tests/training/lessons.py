@@ -62,7 +62,7 @@ def lesson(
     """A lesson for a codec (default: random weights) on crops of so many hops."""
     codec = codec or random_codec(recipe.codec)
     freeze(codec, recipe)
-    objective = objective_for(codec, recipe)
+    objective = objective_for(codec, recipe, teacher)
     learner = Learner(objective, recipe, Ranks(), torch.device("cpu"))
     size = num_hops * codec.hop_length
     clips = [

@@ -108,16 +108,29 @@ def test_worker_processes_change_nothing(place: Path, whole: Path):
 
 
 @pytest.mark.slow
-def test_an_adaptive_codec_killed_and_resumed(place: Path):
-    """H-Codec 1.5: thresholds, groups and first codebooks must come back too."""
-    teacher = write_teacher(place / "teacher-1.5", tiny_1_5().ssl)
-    more = ["--set", "codec=hcodec-1.5-tiny", "--teacher", str(teacher)]
-    finish(start_ranks(arguments(place, "whole-1.5", *more), 2))
-    ranks = start_ranks(arguments(place, "killed-1.5", *more), 2)
+@pytest.mark.parametrize(
+    ("codec", "changes"),
+    [
+        ("hcodec-1.5-tiny", []),  # thresholds, groups and first codebooks must come back
+        (
+            "hhcodec-tiny",  # averages of hits, the head beside the codec, and the stage
+            ["quantizer.dead_below=0", "losses.distillation=1", 'learns_from={"vocoder": 7}'],
+        ),
+    ],
+)
+def test_other_families_killed_and_resumed(place: Path, codec: str, changes: list[str]):
+    teacher = place / "teacher"
+    if codec == "hcodec-1.5-tiny":
+        teacher = write_teacher(place / "teacher-1.5", tiny_1_5().ssl)
+    more = ["--teacher", str(teacher)]
+    for change in (f"codec={codec}", *changes):
+        more += ["--set", change]
+    finish(start_ranks(arguments(place, f"whole-{codec}", *more), 2))
+    ranks = start_ranks(arguments(place, f"killed-{codec}", *more), 2)
     ranks[0].wait_for_step(random.randint(6, STEPS - 2))
     kill(ranks)
-    finish(start_ranks(arguments(place, "killed-1.5", *more), 2))
-    check_same(place / "killed-1.5", place / "whole-1.5")
+    finish(start_ranks(arguments(place, f"killed-{codec}", *more), 2))
+    check_same(place / f"killed-{codec}", place / f"whole-{codec}")
 
 
 def test_bad_files_are_named_once(whole: Path):

@@ -29,6 +29,7 @@ from hcodec_core.errors import (
 )
 from hcodec_core.models.base import Codec
 from hcodec_core.models.loading import load_codec
+from hcodec_core.models.random_weights import write_random_codec
 from hcodec_core.storage import Storage, open_storage
 from hcodec_core.tokens import EncodeSettings
 from hcodec_core.training.history import read_history
@@ -167,6 +168,22 @@ def test_going_on_from_a_codec_changes_all_parts_but_the_teacher(run: Train, tra
     assert before.encoder != after.encoder
     assert before.codebooks != after.codebooks
     assert before.decoder != after.decoder
+
+
+@pytest.mark.parametrize("codec", ["ucodec-tiny", "xcodec-tiny"])
+def test_other_families_go_on_from_a_codec(run: Train, place: Path, tmp_path: Path, codec: str):
+    before = write_random_codec(codec, tmp_path / "base")
+    changes: dict[str, object] = {"codec": codec, "steps": 3, "cadence.num_samples": 0}
+    changes |= {"quantizer.dead_below": 0, "losses.adversarial_from": 1}
+    after = codec_of(run(changes=changes, base_uri=str(tmp_path / "base"), teacher=None))
+    parts = after.spec.manifest.parts
+    assert parts.ssl == before.parts.ssl
+    assert parts.encoder != before.parts.encoder
+    assert parts.codebooks != before.parts.codebooks
+    assert parts.decoder != before.parts.decoder
+    audio = clip(place)
+    tokens = after.encode(audio, torch.tensor([audio.shape[2]]))
+    assert after.decode(tokens).shape == audio.shape
 
 
 def test_a_finished_run_resumes_to_the_same(run: Train):

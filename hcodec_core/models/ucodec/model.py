@@ -122,7 +122,10 @@ class UCodec(Codec):
 
     def _decode(self, frames: FrameCodes) -> Tensor:
         x = self.quantizer.decode(frames.codes["fused"])
-        lengths = Lengths(frames.num_frames, x.shape[2])
+        return self.rebuild(x, Lengths(frames.num_frames, x.shape[2]))
+
+    def rebuild(self, x: Tensor, lengths: Lengths) -> Tensor:
+        """Audio [B, 1, N] of quantised latents [B, latent_dim, T]."""
         if self.up is not None:
             x = self.up(x, lengths)
             lengths = lengths.multiplied(self.config.frame_stride)

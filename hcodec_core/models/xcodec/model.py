@@ -88,9 +88,12 @@ class XCodec(EqualLengthCodec):
             return {"padding": self.config.ssl_padding, **semantic}
         return {k: v for k, v in self.architecture.items() if k != "semantic_model_config"}
 
-    def embed(self, audio: Tensor) -> Tensor:
-        """What is quantised: [R, 1, N], signal to the last sample -> [R, D, T], acoustic first."""
-        semantic = self.encoder_semantic(self._ssl_features(audio))
+    def embed(self, audio: Tensor, features: Tensor) -> Tensor:
+        """What is quantised: [R, 1, N], signal to the last sample -> [R, D, T], acoustic first.
+
+        ``features``: of the same audio, see ``features``.
+        """
+        semantic = self.encoder_semantic(features)
         padding = self.config.ssl_padding
         # The published code runs the encoder, and runs it again on padded audio when its frames
         # are not as many as the SSL model's; the acoustic frames then sit half a hop later.
@@ -100,7 +103,7 @@ class XCodec(EqualLengthCodec):
         embedding: Tensor = self.fc(both.transpose(1, 2)).transpose(1, 2)
         return embedding
 
-    def _ssl_features(self, audio: Tensor) -> Tensor:
+    def features(self, audio: Tensor) -> Tensor:
         """Mean of all hidden states, [R, D, T]; the audio is not normalised."""
         padding = self.config.ssl_padding
         # On a CPU the library's layer norms pass bfloat16 on, and with it the residual stream.
@@ -113,10 +116,13 @@ class XCodec(EqualLengthCodec):
         return num_samples
 
     def _encode_alike(self, audio: Tensor, with_margins: bool) -> Quantised:
-        return self.quantizer.encode(self.embed(audio), with_margins)
+        return self.quantizer.encode(self.embed(audio, self.features(audio)), with_margins)
 
     def _decode_alike(self, codes: Tensor) -> Tensor:
-        vectors = self.quantizer.decode(codes)
+        return self.rebuild(self.quantizer.decode(codes))
+
+    def rebuild(self, vectors: Tensor) -> Tensor:
+        """Audio [R, 1, N] of quantised latents [R, D, T]."""
         features = self.fc2(vectors.transpose(1, 2)).transpose(1, 2)
         audio: Tensor = self.acoustic_decoder(features)
         return audio

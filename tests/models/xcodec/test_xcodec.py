@@ -148,7 +148,9 @@ def test_fast_mode_runs_equal_lengths_together(
         assert isinstance(codec, XCodec)
         seen = sizes.setdefault(mode, [])
         inner = codec.embed
-        monkeypatch.setattr(codec, "embed", lambda x, f=inner, s=seen: (s.append(x.shape), f(x))[1])
+        monkeypatch.setattr(
+            codec, "embed", lambda x, y, f=inner, s=seen: (s.append(x.shape), f(x, y))[1]
+        )
         results[mode] = codec.encode(clips, num_samples)
     assert [tuple(size) for size in sizes["exact"]] == [(1, 1, 1000), (1, 1, 700), (1, 1, 1000)]
     assert [tuple(size) for size in sizes["fast"]] == [(2, 1, 1000), (1, 1, 700)]
