@@ -109,27 +109,30 @@ def test_worker_processes_change_nothing(place: Path, whole: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("codec", "changes"),
+    ("codec", "num_ranks", "changes"),
     [
-        ("hcodec-1.5-tiny", []),  # thresholds, groups and first codebooks must come back
+        ("hcodec-1.5-tiny", 1, []),  # thresholds, groups and first codebooks must come back
         (
             "hhcodec-tiny",  # averages of hits, the head beside the codec, and the stage
+            2,
             ["quantizer.dead_below=0", "losses.distillation=1", 'learns_from={"vocoder": 7}'],
         ),
     ],
 )
-def test_other_families_killed_and_resumed(place: Path, codec: str, changes: list[str]):
+def test_other_families_killed_and_resumed(
+    place: Path, codec: str, num_ranks: int, changes: list[str]
+):
     teacher = place / "teacher"
     if codec == "hcodec-1.5-tiny":
         teacher = write_teacher(place / "teacher-1.5", tiny_1_5().ssl)
     more = ["--teacher", str(teacher)]
     for change in (f"codec={codec}", *changes):
         more += ["--set", change]
-    finish(start_ranks(arguments(place, f"whole-{codec}", *more), 2))
-    ranks = start_ranks(arguments(place, f"killed-{codec}", *more), 2)
+    finish(start_ranks(arguments(place, f"whole-{codec}", *more), num_ranks))
+    ranks = start_ranks(arguments(place, f"killed-{codec}", *more), num_ranks)
     ranks[0].wait_for_step(random.randint(6, STEPS - 2))
     kill(ranks)
-    finish(start_ranks(arguments(place, f"killed-{codec}", *more), 2))
+    finish(start_ranks(arguments(place, f"killed-{codec}", *more), num_ranks))
     check_same(place / f"killed-{codec}", place / f"whole-{codec}")
 
 
