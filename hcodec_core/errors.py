@@ -12,7 +12,7 @@
     |- ObjectMissingError           1   an object that should be there is not
     |- SourceChangedError           1   an object is not the one that was listed
     |- AudioError                   1   one file cannot be used; carries a quarantine reason
-    |- LeaseLostError               1   another worker owns the shard now
+    |- LeaseLostError               1   another worker owns the shard or the run now
     |- PlanIncompleteError          1   shards of a plan have no result, failed, or do not add up
     |- CommitConflictError          1   another writer moved the table (retry)
     |- ValidationFailedError        1   the dataset did not pass its checks
@@ -118,7 +118,7 @@ class AudioError(HCodecError):
 
 
 class LeaseLostError(HCodecError):
-    """Another worker took the shard over; nothing may be written for it any more."""
+    """Another worker has the shard or the run; nothing may be written for it here."""
 
 
 class PlanIncompleteError(HCodecError):

@@ -121,12 +121,45 @@ def _safe(name: str) -> str:
     return "".join(char if char.isalnum() or char in "-_." else "-" for char in name)
 
 
+def is_running_here(worker_id: str) -> bool:
+    """Whether ``worker_identity()`` of a process that runs on this host made this name."""
+    process = _process_here(worker_id)
+    return process is not None and _stat_of(process[0])[1] == process[1]
+
+
+def is_gone(worker_id: str) -> bool:
+    """Whether ``worker_identity()`` of a process that has ended on this host made this name.
+
+    False where that cannot be told: another host, a hint, a platform without ``/proc``.
+    """
+    process = _process_here(worker_id)
+    if process is None or not Path("/proc/self/stat").exists():
+        return False
+    state, start = _stat_of(process[0])
+    return start != process[1] or state in {"Z", "X"}  # ended, but its parent has not looked
+
+
+def _process_here(worker_id: str) -> tuple[str, str] | None:
+    """Process id and start in a name of this host."""
+    parts = worker_id.rsplit("-", 3)  # host, process id, start, nonce
+    is_ours = len(parts) == 4 and parts[0] == _safe(socket.gethostname())
+    if not is_ours or not (parts[1] + parts[2]).isdigit():
+        return None
+    return parts[1], parts[2]
+
+
 def _process_start() -> str:
+    return _stat_of("self")[1] or str(int(time.time()))
+
+
+def _stat_of(process: str) -> tuple[str, str]:
+    """State and start of a process; empty where there is none."""
     try:
-        # Field 22 counts from after the command name, which may itself hold spaces.
-        return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        # Fields count from after the command name, which may itself hold spaces.
+        fields = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[19]
     except (OSError, IndexError):
-        return str(int(time.time()))
+        return "", ""
 
 
 @dataclass(frozen=True)
@@ -322,7 +355,7 @@ class LeaseTable:
         if read_ending(self._storage, prefix_uri, latest) is not None:
             self._seen[prefix_uri] = _Seen(latest, -1, self._clock())
             return True
-        sequence = _read_sequence(self._storage, prefix_uri, latest)
+        sequence = read_sequence(self._storage, prefix_uri, latest)
         now = self._clock()
         if (latest, sequence) != (seen.attempt, seen.sequence):
             self._seen[prefix_uri] = _Seen(latest, sequence, now)
@@ -360,7 +393,7 @@ def latest_attempt(storage: Storage, prefix_uri: str) -> Attempt | None:
 
 def advance_heartbeat(storage: Storage, prefix_uri: str, attempt: int, nonce: str) -> None:
     """Report progress of an attempt whose holder is several processes, each of which calls this."""
-    sequence = _read_sequence(storage, prefix_uri, attempt) + 1
+    sequence = read_sequence(storage, prefix_uri, attempt) + 1
     _write_sequence(storage, prefix_uri, attempt, Heartbeat(sequence=sequence, nonce=nonce))
 
 
@@ -405,7 +438,8 @@ def _latest_attempt(storage: Storage, prefix_uri: str, known: int) -> int:
     return known
 
 
-def _read_sequence(storage: Storage, prefix_uri: str, attempt: int) -> int:
+def read_sequence(storage: Storage, prefix_uri: str, attempt: int) -> int:
+    """How far an attempt is; 0 before its first heartbeat."""
     beat = _read(storage, _heartbeat_uri(prefix_uri, attempt), Heartbeat)
     return 0 if beat is None else beat.sequence
 

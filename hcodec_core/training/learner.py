@@ -248,8 +248,9 @@ class Learner:
         more = f" and {len(batch) - _NUM_NAMED} more" if len(batch) > _NUM_NAMED else ""
         raise DivergedError(
             f"Step {step + 1} gave {', '.join(wrong)} that is not finite, on the batch of "
-            f"{'; '.join(batch[:_NUM_NAMED])}{more}: the last checkpoint is good; lower the "
-            "learning rate, or leave out files that are wrong."
+            f"{'; '.join(batch[:_NUM_NAMED])}{more}: the last checkpoint is good. Make a "
+            "codec of it (hcodec export-codec) and train on from that (--base) at a lower learning "
+            "rate, or leave out files that are wrong."
         )
 
     def _move_codebooks(self, step: int, result: GeneratorPass) -> None:

@@ -4,6 +4,7 @@ The run's folder holds
 
     run.json                    recipe, base and list of sources; written once
     files.parquet               the pinned list of files, with their etags
+    lock/                       see ``run_lock``
     checkpoints/  history/      see ``checkpoints`` and ``history``
     samples/step-.../           held-out clips, as they were and decoded, with spectrograms
     quarantine.json             files that could not be used, and why
@@ -19,7 +20,8 @@ import json
 import logging
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from hcodec_core.training.learner import Learner
 from hcodec_core.training.objective import freeze, objective_for
 from hcodec_core.training.ranks import Ranks
 from hcodec_core.training.recipe import Recipe, recipe_of
+from hcodec_core.training.run_lock import RunLock, take_run
 from hcodec_core.training.sources import (
     SourceFile,
     Sources,
@@ -150,6 +153,7 @@ def train(request: TrainRequest, options: TrainOptions, context: TrainContext) -
         PreemptedError: ``context.stop`` was set; a checkpoint was made.
         StorageError: Storage or the tracking server stays away, or a disk is full.
         BudgetExceededError: Too many files are bad.
+        LeaseLostError: Another process trains in the folder, or took it over meanwhile.
     """
     run = _Run(request, options, context)
     return run.go()
@@ -209,6 +213,10 @@ class _Run:
         torch.set_num_threads(self.options.num_threads)
         torch.backends.cudnn.benchmark = False
         codec = self._codec()
+        with self._held() as lock:
+            return self._go(codec, lock)
+
+    def _go(self, codec: Codec, lock: RunLock | None) -> TrainingResult:
         sources, identity = self._pin(codec)
         logger.info(
             "Training on %d files, %d held out.", len(sources.training), len(sources.held_out)
@@ -216,7 +224,7 @@ class _Run:
         learner = self._learner(codec)
         if self.request.base_uri is not None:
             self._keep_codebooks(learner)
-        scores = self._train(learner, sources, identity)
+        scores = self._train(learner, sources, identity, lock)
         return self._export(learner, sources, identity, scores)
 
     def export(self, choice: str, codec_uri: str) -> ExportedCodec:
@@ -240,8 +248,28 @@ class _Run:
         objective = objective_for(codec, self.recipe, self.request.teacher)
         return Learner(objective, self.recipe, self.ranks, device)
 
+    @contextmanager
+    def _held(self) -> Iterator[RunLock | None]:
+        """Within: no other start trains in this folder. The lock is the first rank's."""
+        lock: RunLock | None = None
+        failure: HCodecError | None = None
+        if self.ranks.is_first:
+            try:
+                lock = take_run(self.storage, self.request.out_uri, self.options.worker_id)
+            except HCodecError as error:
+                failure = error
+        failure = self.ranks.from_first(failure)
+        if failure is not None:
+            raise failure
+        with nullcontext() if lock is None else lock:
+            yield lock
+
     def _train(
-        self, learner: Learner, sources: Sources, identity: CheckpointFacts
+        self,
+        learner: Learner,
+        sources: Sources,
+        identity: CheckpointFacts,
+        lock: RunLock | None,
     ) -> dict[str, float]:
         dataset = self._dataset(learner.objective.codec, sources)
         tracker: Tracker = NoTracker()
@@ -249,7 +277,7 @@ class _Run:
         try:
             clips = self._held_out(dataset, sources, learner.objective.codec)
             tracker = self._tracker(identity)
-            around = self._surroundings(identity, len(sources.training), tracker)
+            around = self._surroundings(identity, len(sources.training), tracker, lock)
             share = Share(self.recipe.batch_size, self.ranks.rank, self.ranks.size)
             source = BatchSource(
                 dataset, share, self.options.num_workers, learner.device.type == "cuda"
@@ -394,7 +422,7 @@ class _Run:
         return MlflowTracker(request.tracking_uri, run, self.options.scratch_path)
 
     def _surroundings(
-        self, identity: CheckpointFacts, num_files: int, tracker: Tracker
+        self, identity: CheckpointFacts, num_files: int, tracker: Tracker, lock: RunLock | None
     ) -> Surroundings:
         return Surroundings(
             storage=self.storage,
@@ -406,6 +434,7 @@ class _Run:
             tracker=tracker,
             report=self.context.report,
             worker_id=self.options.worker_id,
+            lock=lock,
         )
 
     def _place(self) -> CheckpointPlace:

@@ -22,6 +22,7 @@ from hcodec_core.training.checkpoints import CheckpointFacts, Checkpoints
 from hcodec_core.training.held_out import HeldOutClip, rebuilt, validate
 from hcodec_core.training.history import History
 from hcodec_core.training.learner import Learner
+from hcodec_core.training.run_lock import RunLock
 from hcodec_core.training.samples import picture_bytes, wav_bytes
 from hcodec_core.training.tracking import NoTracker, Tracker
 
@@ -49,7 +50,11 @@ def _ignore(_: TrainProgress) -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is around the learner. ``identity``: digests of recipe and data, library versions."""
+    """What is around the learner.
+
+    ``identity``: digests of recipe and data, library versions. ``lock``: the first rank's hold on
+    the run's folder, None where nobody else can know of it.
+    """
 
     storage: Storage
     run_uri: str
@@ -60,6 +65,7 @@ class Surroundings:
     tracker: Tracker = field(default_factory=NoTracker)
     report: Callable[[TrainProgress], None] = _ignore
     worker_id: str = "trainer"
+    lock: RunLock | None = None
 
 
 class Trainer:
@@ -90,6 +96,7 @@ class Trainer:
             DivergedError: A loss is not finite.
             BudgetExceededError: Too many files are bad.
             StorageError: A checkpoint cannot be written, or data cannot be read.
+            LeaseLostError: Another process took the run over.
         """
         start = self._resume()
         scores: dict[str, float] = {}
@@ -209,12 +216,25 @@ class Trainer:
         self._around.tracker.attach(done, files)
 
     def _save(self, done: int, score: float | None) -> None:
+        self._check_lock()
         self._check_bad()
         if self._ranks.is_first:
             self._history.write()
         facts = self._around.identity.model_copy(update={"step": done, "score": score})
         self._check_alike(done)
         self._around.checkpoints.save(facts, self._learner.tensors())
+
+    def _check_lock(self) -> None:
+        """Nothing is written into a run that is another process's by now."""
+        failure: HCodecError | None = None
+        if self._around.lock is not None:
+            try:
+                self._around.lock.require()
+            except HCodecError as error:
+                failure = error
+        failure = self._ranks.from_first(failure)
+        if failure is not None:
+            raise failure
 
     def _check_alike(self, done: int) -> None:
         """All ranks must hold the same weights, else the checkpoint is of none of them."""

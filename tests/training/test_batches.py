@@ -30,6 +30,10 @@ from hcodec_core.training.sources import (
     split_sources,
     write_sources,
 )
+from tests.dataset.conftest import local_world
+from tests.dataset.factories import World
+
+__all__ = ["local_world"]
 
 VARIED = AugmentRecipe(equaliser_share=0.5, noise_share=0.5, speed=(0.9, 1.1))
 
@@ -181,6 +185,16 @@ def test_sources_are_pinned_as_they_were(tmp_path: Path, storage: Storage):
     assert [file.speaker for file in files] == ["ann", None, None]
     write_sources(storage, f"file://{tmp_path}/files.parquet", files)
     assert read_sources(storage, f"file://{tmp_path}/files.parquet") == files
+
+
+def test_a_version_of_another_rate_is_refused(local_world: World):
+    local_world.put("a.wav", "b.wav")
+    local_world.version()
+    config = local_world.config
+    found = list_sources(local_world.storage, ["dataset:demo@v1"], 16_000, config)
+    assert [file.uri for file in found] == [local_world.uri("a.wav"), local_world.uri("b.wav")]
+    with pytest.raises(ConfigError, match=r"demo v1 was made at 16000 Hz; .* works at 48000 Hz"):
+        list_sources(local_world.storage, ["dataset:demo@v1"], 48_000, config)
 
 
 def test_no_files_is_an_error(tmp_path: Path, storage: Storage):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hcodec_core.errors import ConfigError
+from hcodec_core.errors import CheckpointError, ConfigError
 from hcodec_core.storage import FileStorage
 from hcodec_core.training.checkpoints import CheckpointFacts, CheckpointPlace, Checkpoints
 from hcodec_core.training.discriminators import Discriminators
@@ -199,6 +199,18 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, fault: str):
         (folder / "complete.json").write_text("{")
     assert checkpoints.load_latest(tensors, "r", "d").step == 1
     assert (tensors["a"] == 1).all()
+
+
+def test_without_a_whole_checkpoint_nothing_starts_anew(tmp_path: Path):
+    """Going on from the first step would throw the run's work away without a word."""
+    checkpoints = Checkpoints(place(tmp_path), Ranks())
+    tensors = {"a": torch.zeros(3, 2)}
+    for step in (1, 2):
+        checkpoints.save(facts(step), tensors)
+    for victim in (tmp_path / "run").glob("checkpoints/*/*.safetensors"):
+        victim.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"No checkpoint under .* is whole"):
+        checkpoints.load_latest(tensors, "r", "d")
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path):

@@ -77,8 +77,8 @@ def trained(place: Path) -> Path:
     return place / "trained"
 
 
-def codec_of(run_path: Path) -> Codec:
-    return load_codec(str(run_path / "codec"), SETTINGS)
+def codec_of(run_path: Path, name: str = "codec") -> Codec:
+    return load_codec(str(run_path / name), SETTINGS)
 
 
 def clip(place: Path) -> torch.Tensor:
@@ -209,6 +209,35 @@ def test_divergence_stops_names_the_batch_and_keeps_the_checkpoint(run: Train, t
     markers = sorted((tmp_path / "run").glob("checkpoints/*/complete.json"))
     assert markers[-1].parent.name == f"step-{step - 1:09d}"
     assert not (tmp_path / "run" / "codec").exists()
+
+
+def test_a_diverged_run_goes_on_from_its_last_checkpoint_with_a_lower_rate(
+    run: Train, tmp_path: Path
+):
+    """Judges that explode in step 6; what training had learned until step 5 is not lost."""
+    changes: dict[str, object] = {"steps": 9, "losses.adversarial_from": 5}
+    changes |= {"cadence.num_samples": 0, "optimizer.warmup_steps": 0}
+    with pytest.raises(DivergedError, match="hcodec export-codec") as hit:
+        run(changes=changes | {"optimizer.discriminator_learning_rate": 1e30})
+    assert int(str(hit.value).split()[1]) > 5
+    none = ["--config", str(tmp_path / "none.toml")]
+    export = ["export-codec", str(tmp_path / "run"), "--checkpoint", "last"]
+    assert main([*export, "--to", str(tmp_path / "good"), *none]) == 0
+    known = codec_of(tmp_path / "run", "../good")
+    path = run("on", changes, base_uri=str(tmp_path / "good"), teacher=None)
+    result = finished(open_storage(StorageConfig()), f"file://{path}")
+    assert np.isfinite(list(result.scores.values())).all()
+    before, after = known.spec.manifest.parts, codec_of(path).spec.manifest.parts
+    assert before.ssl == after.ssl
+    assert before.encoder != after.encoder
+
+
+def test_held_out_files_that_cannot_be_read_are_refused(run: Train, tmp_path: Path):
+    (tmp_path / "junk").mkdir()
+    for number in range(12):
+        (tmp_path / "junk" / f"{number}.wav").write_bytes(b"no audio")
+    with pytest.raises(ConfigError, match=r"held-out files can be used.* would be empty"):
+        run(data=f"file://{tmp_path}/junk")
 
 
 def test_data_of_another_rate_is_refused(run: Train, tmp_path: Path):
