@@ -171,14 +171,15 @@ def _own_compute_class() -> str:
 
 
 def _plan_text(plan: Plan, is_dry_run: bool) -> str:
+    erased = f", {plan.num_excluded_files} erased: left out" if plan.num_excluded_files else ""
     if plan.is_empty:
-        return f"Nothing new: {plan.num_listed_files} files listed, dataset is up to date."
+        return f"Nothing new: {plan.num_listed_files} files listed{erased}, dataset is up to date."
     trained = "" if plan.codec_is_trained else " (random weights)"
     lines = [
         f"plan     {plan.plan_id}{' (dry run: not written)' if is_dry_run else ''}",
         f"codec    {plan.codec_name}{trained}, encode id {plan.encode_id[:12]}",
         f"files    {plan.num_files} to encode ({plan.num_new_files} new, {plan.num_changed_files} "
-        f"changed), {plan.num_tombstones} deleted, {plan.num_unchanged_files} unchanged",
+        f"changed), {plan.num_tombstones} deleted, {plan.num_unchanged_files} unchanged{erased}",
         f"audio    about {plan.audio_hours:.2f} h in {plan.num_shards} shards",
         f"cost     {plan.worker_hours:.2f} worker hours, {plan.cost:.2f} {plan.currency} "
         f"({plan.rate_text})",

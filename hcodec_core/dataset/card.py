@@ -37,7 +37,7 @@ from hcodec_core.dataset.card_numbers import (
     totals_of,
 )
 from hcodec_core.dataset.card_page import render_card
-from hcodec_core.dataset.card_values import CardAudit, CardCodec, DatasetCard
+from hcodec_core.dataset.card_values import CardAudit, CardCodec, CardPurge, DatasetCard
 from hcodec_core.dataset.checks import rows_of_snapshot
 from hcodec_core.dataset.layout import DatasetLayout
 from hcodec_core.dataset.ledger import version_entries, version_number, version_of
@@ -233,7 +233,9 @@ def _facts_of(record: VersionRecord) -> dict[str, Any]:
         "settings",
         "agreement",
     )
-    return {name: getattr(record, name) for name in names} | {"outcomes": record.counts.outcomes}
+    purges = [CardPurge(purged_at=note.purged_at, num_rows=note.num_rows) for note in record.purges]
+    counted = {"outcomes": record.counts.outcomes, "purges": tuple(purges)}
+    return {name: getattr(record, name) for name in names} | counted
 
 
 def _codec_of(manifest: CodecManifest, record: VersionRecord) -> CardCodec:

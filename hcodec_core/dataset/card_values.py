@@ -162,6 +162,13 @@ class CardAudit(_Value):
     median_spectral_db: float | None
 
 
+class CardPurge(_Value):
+    """Objects erased from a version since: when, and how many of its rows; never which."""
+
+    purged_at: datetime
+    num_rows: int
+
+
 class DatasetCard(_Value):
     """One version of a dataset in numbers; it names no object and no speaker."""
 
@@ -205,3 +212,4 @@ class DatasetCard(_Value):
     quarantine: list[ReasonCount]
     agreement: ModeAgreement | None
     audit: CardAudit | None = None
+    purges: tuple[CardPurge, ...] = ()

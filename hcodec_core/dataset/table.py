@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ MAIN = "main"
 ROOT_PROPERTY = "hcodec.root-snapshot-id"
 _CATALOG_NAME = "hcodec"
 _TRIES = 20
+# What sqlite and PostgreSQL say when somebody else made a table first.
+_MADE_MEANWHILE = ("already exists", "duplicate key")
 
 
 def open_catalog(config: Config) -> Catalog:
@@ -60,7 +62,22 @@ def open_catalog(config: Config) -> Catalog:
     if scheme == "sqlite" and uri.startswith("sqlite:////"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     with catalog_errors("opening the catalog"):
-        return load_catalog(_CATALOG_NAME, type=kind, uri=uri, **_properties(config))
+        return _connect(
+            lambda: load_catalog(_CATALOG_NAME, type=kind, uri=uri, **_properties(config))
+        )
+
+
+def _connect(load: Callable[[], Catalog]) -> Catalog:
+    """Open it; a new database may get its tables from another process at the same instant."""
+    from sqlalchemy.exc import DBAPIError
+
+    for _ in range(_TRIES):
+        try:
+            return load()
+        except DBAPIError as error:
+            if not any(words in str(error.orig) for words in _MADE_MEANWHILE):
+                raise
+    return load()
 
 
 def load_file_io(config: Config) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -9,9 +11,10 @@ import polars
 import pyarrow.parquet as pq
 import pytest
 
+from hcodec_core.config import Config
 from hcodec_core.dataset.reader import open_dataset
 from hcodec_core.dataset.schema import columns_of
-from hcodec_core.dataset.table import load_table
+from hcodec_core.dataset.table import load_table, open_catalog
 from hcodec_core.dataset.versions import list_versions, rollback
 from hcodec_core.errors import CommitConflictError
 from tests.dataset.factories import World
@@ -111,6 +114,25 @@ def test_spark_reads_the_files_of_a_version(filled: World) -> None:
         assert seen["sums"] == {"rows": 3, "codes": len(codes), "sum_of_codes": sum(codes)}
         kinds = {column.name: column.kind for column in columns_of(filled.manifest)}
         assert seen["schema"] == {name: SPARK_KINDS.get(k, k) for name, k in kinds.items()}
+
+
+def test_a_new_catalog_may_be_opened_by_many_at_once(local_world: World, tmp_path: Path) -> None:
+    """All find a database without tables, and all make them."""
+    num_openers = 8
+    with ThreadPoolExecutor(num_openers) as pool:
+        for round_ in range(5):
+            uri = f"sqlite:///{tmp_path}/new-{round_}/catalog.db"
+            config = local_world.config.model_copy(
+                update={"catalog": local_world.config.catalog.model_copy(update={"uri": uri})}
+            )
+            barrier = threading.Barrier(num_openers)
+
+            def open_it(config: Config = config, barrier: threading.Barrier = barrier) -> object:
+                barrier.wait(timeout=60)
+                return open_catalog(config).list_namespaces()
+
+            found = [pool.submit(open_it) for _ in range(num_openers)]
+            assert [future.result(timeout=120) for future in found] == [[]] * num_openers
 
 
 def test_a_postgresql_catalog_keeps_versions(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hcodec_core.dataset.card import make_card, read_card, write_card
+from hcodec_core.dataset.card import card_files, make_card, read_card, write_card
 from hcodec_core.dataset.checks import validate_plan
 from hcodec_core.dataset.compaction import compact
 from hcodec_core.dataset.ledger import version_entries
@@ -163,6 +163,12 @@ def test_cards_are_made_again(local_world: World) -> None:
         assert card == make_card(local_world.storage, local_world.layout, version)
         assert card is not None
         assert card.num_files == len(rows(local_world, version))
+        record = version_record(local_world.storage, local_world.layout, version)
+        assert [(p.purged_at, p.num_rows) for p in card.purges] == [
+            (note.purged_at, 1) for note in record.purges
+        ]
+        assert len(card.purges) == 1
+        assert ": 1 row of this version" in card_files(card)["index.html"].decode()
 
 
 def test_work_goes_on_after_a_purge(local_world: World) -> None:
