@@ -110,16 +110,15 @@ class ReleaseLockOperator(DatasetOperator):
     """Gives the dataset's lock back, whatever became of the run, and stops workers left by it.
 
     Args:
-        job_task: Id of the run's ``CodecJobOperator``, whose workers shall not outlive the run;
-            empty when it has none.
+        job_tasks: Ids of the run's ``CodecJobOperator``s, whose workers shall not outlive the run.
     """
 
     ui_color = "#f3e6c8"
 
-    def __init__(self, *, job_task: str = "", **kwargs: Any) -> None:
-        """Keep the task's id."""
+    def __init__(self, *, job_tasks: Sequence[str] = (), **kwargs: Any) -> None:
+        """Keep the tasks' ids."""
         super().__init__(**kwargs)
-        self.job_task = job_task
+        self.job_tasks = tuple(job_tasks)
 
     def execute(self, context: Context) -> None:
         """See the class."""
@@ -128,8 +127,8 @@ class ReleaseLockOperator(DatasetOperator):
 
         with task_failures():
             try:
-                if self.job_task:
-                    stop_leftovers(context["ti"], self.job_task)
+                for task_id in self.job_tasks:
+                    stop_leftovers(context["ti"], task_id)
             finally:
                 release_lock(self.lock)
 

@@ -1,6 +1,6 @@
 """DAG factories: the tokenise pipeline, once for the form and once per declared dataset.
 
-lock -> inventory -> plan -> tokenize -> commit -> validate -> publish -> release
+lock -> inventory -> plan -> tokenize -> commit -> audit -> validate -> publish -> release
 
 ``lock`` and ``release`` are Airflow's setup and teardown: the lock is given back however the run
 ends, the run's state is that of ``publish`` and not that of ``release``, and clearing any task
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import DAG, AssetAlias
 
 from hcodec_airflow.assets import dataset_asset
+from hcodec_airflow.audit_operator import AuditOperator
 from hcodec_airflow.dataset_operators import (
     CommitOperator,
     InventoryOperator,
@@ -83,7 +84,12 @@ def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
     # Templates and not XComArgs: those draw an arrow from the lock to every task.
     held = "{{ ti.xcom_pull('lock') }}"
     listed = "{{ ti.xcom_pull('inventory') }}"
+    planned = "{{ ti.xcom_pull('plan') }}"
     committed = "{{ ti.xcom_pull('commit') }}"
+    place: dict[str, Any] = {
+        "backend": _chosen("backend", fixed),
+        "profile": _chosen("profile", fixed),
+    }
     lock = LockDatasetOperator(task_id="lock", request=fixed)
     inventory = InventoryOperator(task_id="inventory", request=fixed, lock=held)
     plan = PlanOperator(task_id="plan", request=fixed, lock=held, inventory=listed)
@@ -91,11 +97,11 @@ def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
         task_id="tokenize",
         job="{{ ti.xcom_pull('plan')['job_uri'] }}",
         workers="{{ params.workers }}",
-        backend=_chosen("backend", fixed),
-        profile=_chosen("profile", fixed),
         lock=held,
+        **place,
     )
-    commit = CommitOperator(task_id="commit", lock=held, plan="{{ ti.xcom_pull('plan') }}")
+    commit = CommitOperator(task_id="commit", lock=held, plan=planned)
+    audit = AuditOperator(task_id="audit", plan=planned, lock=held, **place)
     validate = ValidateOperator(task_id="validate", lock=held, committed=committed)
     publish = PublishOperator(
         task_id="publish",
@@ -104,9 +110,10 @@ def _add_tasks(fixed: dict[str, Any], outlet: Asset | AssetAlias) -> None:
         report_uri="{{ ti.xcom_pull('validate') }}",
         outlets=[outlet],
     )
-    release = ReleaseLockOperator(task_id="release", lock=held, job_task=tokenize.task_id)
+    jobs = (tokenize.task_id, audit.task_id)
+    release = ReleaseLockOperator(task_id="release", lock=held, job_tasks=jobs)
     release.as_teardown(setups=lock)
-    lock >> inventory >> plan >> tokenize >> commit >> validate >> publish >> release
+    lock >> inventory >> plan >> tokenize >> commit >> audit >> validate >> publish >> release
 
 
 def _chosen(name: str, fixed: Mapping[str, Any]) -> str:
@@ -178,9 +185,10 @@ _PAGE = """
    new: the run ends here with success. Dry run: it ends here in any case.
 4. **tokenize**: workers encode shard by shard; progress is in this task's log.
 5. **commit**: the tokens go to a branch that readers do not see.
-6. **validate**: the whole version is checked; button *Validation report* on the task.
-7. **publish**: readers see the new version; the dataset's asset gets an event.
-8. **release**: workers that are left are stopped and the lock is given back, however the run ended.
+6. **audit**: a worker encodes a few of the files again and decodes their tokens.
+7. **validate**: the whole version is checked; button *Validation report* on the task.
+8. **publish**: readers see the new version; the dataset's asset gets an event.
+9. **release**: workers that are left are stopped and the lock is given back, however the run ended.
 
 A failed validation publishes nothing and names the files. To go on with a run, clear its failed
 task: the lock is taken again, finished shards stay finished.

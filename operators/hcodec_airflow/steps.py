@@ -113,6 +113,8 @@ def describe_plan(made: Plan) -> list[str]:
         f"Estimate: {made.worker_hours:.2f} worker hours, {made.cost:.2f} {made.currency} "
         f"({made.rate_text})",
     ]
+    if made.num_excluded_files:
+        lines.append(f"Erased from the dataset, so left out: {made.num_excluded_files} files")
     if made.num_remaining_files:
         lines.append(
             f"Left for later runs: {made.num_remaining_files} files, {made.remaining_hours:.2f} h"
@@ -186,6 +188,14 @@ def commit(plan_uri: str) -> dict[str, Any]:
         ", ".join(f"{number} {name}" for name, number in sorted(counts.outcomes.items())),
     )
     return info.model_dump(mode="json")
+
+
+def make_audit(plan_uri: str) -> str:
+    """Write the job of a plan's round-trip audit; its URI, empty when the plan has no row."""
+    from hcodec_core.dataset.audit import make_audit_job
+
+    _, storage = _open(read_settings())
+    return make_audit_job(storage, plan_uri) or ""
 
 
 @dataclass(frozen=True)

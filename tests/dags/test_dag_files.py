@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 DAGS = Path(__file__).parents[2] / "dags"
-TASKS = ["lock", "inventory", "plan", "tokenize", "commit", "validate", "publish", "release"]
+TASKS = [
+    "lock",
+    "inventory",
+    "plan",
+    "tokenize",
+    "commit",
+    "audit",
+    "validate",
+    "publish",
+    "release",
+]
 HEAVY = {
     "torch", "torchaudio", "transformers", "boto3", "botocore", "pyiceberg", "duckdb", "obstore",
     "great_expectations", "kubernetes", "kubernetes_asyncio", "pandas", "pyarrow", "scipy",
@@ -240,6 +250,7 @@ def test_tasks_in_order_with_the_lock_around_them(facts):
         assert dag["links"]["publish"] == ["Dataset card"]
         assert dag["timeouts"] == []
         assert dag["operators"]["tokenize"] == "CodecJobOperator"
+        assert dag["operators"]["audit"] == "AuditOperator"
 
 
 def test_outlets(facts):

@@ -14,6 +14,7 @@ from hcodec_airflow.demo.follow import follow_run
 from hcodec_airflow.demo.services import DemoError, Services
 from hcodec_airflow.demo.stage import prepare
 from hcodec_airflow.demo.summary import report_run
+from hcodec_core.dataset.audit import read_audit
 from hcodec_core.dataset.reader import open_dataset
 from hcodec_core.dataset.table import find_layout
 from hcodec_core.dataset.versions import diff_versions, list_versions
@@ -95,6 +96,12 @@ def test_first_run_publishes_every_readable_file(world, capsys):
     pages = list((world.services.state_path / "reports").rglob("index.html"))
     assert len(pages) == 1
     assert "random weights" in shown
+    assert "/cards/v1/index.html (while the storage runs)" in shown
+    assert world.stage.api.task_states(DAG, run_id)["audit"] == "success"
+    plan_uri = world.stage.api.xcom(DAG, run_id, "plan")["plan_uri"]
+    audit = read_audit(world.stage.storage, plan_uri)
+    assert len(audit.compared) == 8
+    assert audit.with_other_codes == []
     assert "which printed: 12 " in shown
 
 

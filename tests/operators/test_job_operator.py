@@ -280,7 +280,7 @@ def end_run(monkeypatch, job, run_script):
             return stored.get(key)
 
         teardown = SimpleNamespace(dag_id="d", run_id="r", xcom_pull=pull)
-        release = ReleaseLockOperator(task_id="release", lock={}, job_task="tokenize")
+        release = ReleaseLockOperator(task_id="release", lock={}, job_tasks=["tokenize"])
         release.execute({"ti": teardown})
         return _observe(deferred.trigger).phase
 

@@ -65,7 +65,7 @@ for dag_id in ("kube_faults", "kube_faults_alone"):
         )
         if dag_id == "kube_faults":
             lock = EmptyOperator(task_id="lock")
-            release = ReleaseLockOperator(task_id="release", job_task="tokenize")
+            release = ReleaseLockOperator(task_id="release", job_tasks=["tokenize"])
             lock >> tokenize >> release.as_teardown(setups=lock)
 """
 SWEEP = "while sleep 60; do %s -m %s --namespace=default --airflow-url=%s & done"

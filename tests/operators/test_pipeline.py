@@ -8,11 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from hcodec_airflow import steps
+from hcodec_airflow.requests import read_request
 from hcodec_core.config import load_config
+from hcodec_core.dataset.audit import read_audit
 from hcodec_core.dataset.lock import lock_holder, lock_uri
-from hcodec_core.storage import open_storage
+from hcodec_core.dataset.schema import WRITER_OPTIONS
+from hcodec_core.jobs import ShardResult
+from hcodec_core.storage import Storage, open_storage, sha256_of_file
 
 pytestmark = pytest.mark.airflow
 
@@ -68,6 +75,17 @@ class Installation:
         self.log, _, facts = text.partition("FACTS")
         return json.loads(facts)
 
+    def work(self, form: dict[str, object]) -> str:
+        """Do a form's work without Airflow, up to the commit; the plan's URI."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            request = read_request(form)
+            plan = steps.plan(request, steps.inventory(request, "by hand")["inventory_uri"])
+        config = ("--config", str(self.config_path))
+        self._python("-m", "hcodec_core.cli", "run", plan["job_uri"], *config)
+        return str(plan["plan_uri"])
+
     def _python(self, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, *arguments],
@@ -97,8 +115,38 @@ def installation(tmp_path_factory, s3_endpoint):
     return made
 
 
+def tamper(storage: Storage, plan_uri: str, folder: Path) -> str:
+    """Change one code of a plan's results so that sizes and checksums still hold; its source."""
+    results = [
+        (info.uri, ShardResult.model_validate_json(storage.read(info.uri)))
+        for info in storage.list_objects(f"{plan_uri}/results/")
+    ]
+    uri, result = next(pair for pair in results if pair[1].data_file is not None)
+    path = folder / "tampered.parquet"
+    storage.download(result.data_file.uri, path)
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["acoustic"][0] ^= 1
+    with pq.ParquetWriter(path, table.schema, **WRITER_OPTIONS) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, table.schema))
+    info = storage.upload(path, result.data_file.uri)
+    facts = {"size": info.size, "etag": info.etag, "sha256": sha256_of_file(path)}
+    changed = result.data_file.model_copy(update=facts)
+    text = result.model_copy(update={"data_file": changed}).model_dump_json()
+    storage.write(uri, text.encode())
+    return str(rows[0]["uri"])
+
+
 @pytest.fixture(scope="module")
-def runs(installation):
+def tampered(installation):
+    """The form of a dataset whose results were changed between work and commit, and the source."""
+    form = {"source": "s3://pipeline/audio/good/", "dataset": "tampered"}
+    plan_uri = installation.work(form)
+    return form, tamper(installation.storage, plan_uri, installation.folder)
+
+
+@pytest.fixture(scope="module")
+def runs(installation, tampered):
     """One run after the other, in one process: starting Airflow takes its time."""
     good = {"source": "s3://pipeline/audio/good/", "dataset": "good"}
     mixed = {"source": "s3://pipeline/audio/mixed/", "dataset": "mixed"}
@@ -108,6 +156,7 @@ def runs(installation):
         "second": good,
         "over budget": {**mixed, "max_bad_share": 0.0},
         "within budget": {**mixed, "max_bad_share": 0.5},
+        "tampered": tampered[0],
         "no codec": {**good, "dataset": "other", "codec": "no-such-codec"},
     }
     return dict(zip(forms, installation.run(*forms.values()), strict=True))
@@ -117,7 +166,7 @@ def test_dry_run_only_plans(runs, installation):
     run = runs["dry"]
     assert run["state"] == "success"
     assert run["tasks"]["plan"] == "success"
-    skipped = {"tokenize", "commit", "validate", "publish"}
+    skipped = {"tokenize", "commit", "audit", "validate", "publish"}
     assert {task for task, state in run["tasks"].items() if state == "skipped"} == skipped
     assert run["xcoms"]["plan.return_value"]["outcome"] == "dry run"
     assert "Dry run: nothing is encoded." in installation.log
@@ -197,6 +246,30 @@ def test_larger_budget_lets_the_next_run_publish(runs):
     assert version["num_rows"] == 3
 
 
+def test_the_audit_of_a_plan_is_done_by_a_worker(runs, installation):
+    plan_uri = runs["first"]["xcoms"]["plan.return_value"]["plan_uri"]
+    audit = read_audit(installation.storage, plan_uri)
+    assert audit is not None
+    assert len(audit.compared) == 3
+    assert audit.with_other_codes == []
+    assert runs["first"]["xcoms"]["audit.return_value"]["job_uri"] == f"{plan_uri}/audit/job.json"
+    assert "Job audit-" in installation.log
+
+
+def test_the_audit_catches_codes_that_were_changed(runs, installation, tampered):
+    """A worker's file whose size, checksum and statistics hold: only the audit can tell."""
+    run = runs["tampered"]
+    assert run["tasks"]["audit"] == "success"
+    assert run["tasks"]["validate"] == "failed"
+    assert run["tasks"]["publish"] == "upstream_failed"
+    audit = read_audit(installation.storage, run["xcoms"]["plan.return_value"]["plan_uri"])
+    ((file),) = audit.with_other_codes
+    assert file.uri == tampered[1]
+    assert file.num_equal_codes == file.num_codes - 1
+    assert f"{file.uri} (" in installation.log
+    assert run["events"] == []
+
+
 def test_wrong_input_fails_at_once_with_a_sentence(runs, installation):
     run = runs["no codec"]
     assert run["state"] == "failed"
@@ -207,6 +280,6 @@ def test_wrong_input_fails_at_once_with_a_sentence(runs, installation):
 
 def test_every_run_gives_the_lock_back(runs, installation):
     config = load_config(installation.config_path)
-    for dataset in ("good", "mixed", "other"):
+    for dataset in ("good", "mixed", "tampered", "other"):
         assert lock_holder(installation.storage, lock_uri(config, dataset), dataset) is None
     assert all(run["tasks"]["release"] == "success" for run in runs.values())

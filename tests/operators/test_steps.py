@@ -66,6 +66,10 @@ def test_plan_for_people(world):
     assert "Listed 3 files: 1 new, 0 changed, 0 unchanged, 0 in quarantine; 0 deleted" in text
     assert "To encode: 1 files" in text
     assert "Left for later runs: 2 files" in text
+    assert "Erased" not in text
+    erased = made.model_copy(update={"num_excluded_files": 4})
+    lines = steps.describe_plan(erased)
+    assert "Erased from the dataset, so left out: 4 files" in lines
 
 
 @pytest.mark.parametrize(

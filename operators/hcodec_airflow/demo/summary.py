@@ -69,8 +69,12 @@ def _report_page(stage: Stage, published: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         stage.storage.download(info.uri, path)
     page = published["report_uri"].rpartition("/")[2]
-    link = published["report_uri"].replace("s3://", f"{stage.storage_url}/")
+    link, card = (
+        published[name].replace("s3://", f"{stage.storage_url}/")
+        for name in ("report_uri", "card_uri")
+    )
     _say(f"\n  report   {folder / page}\n           {link} (while the storage runs)")
+    _say(f"  card     {card} (while the storage runs)")
 
 
 def _report_failure(stage: Stage, dag_id: str, run_id: str) -> None:
