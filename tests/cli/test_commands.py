@@ -157,8 +157,8 @@ def test_encode_lists_files_without_tokens(capsys, place):
 
 def test_decode_refuses_tokens_of_another_codec(capsys, place):
     from hcodec_core.models.hcodec.config import hcodec_nano
-    from hcodec_core.models.hcodec.random_nano import random_codec
     from hcodec_core.models.loading import CodecCard, save_codec
+    from tests.models.hcodec.standardised import random_codec
 
     codec = random_codec(hcodec_nano(), seed=5, num_clips=8)
     save_codec(codec, CodecCard("other", False, "none"), place / "other")

@@ -13,9 +13,9 @@ from hcodec_core.inference.agreement import measure_agreement
 from hcodec_core.inference.arithmetic import narrow_type
 from hcodec_core.inference.engine import Engine, compute_class
 from hcodec_core.models.hcodec.config import tiny
-from hcodec_core.models.hcodec.random_nano import random_codec, synthetic_audio
 from hcodec_core.models.loading import CodecCard, load_codec, save_codec
 from hcodec_core.tokens import EncodeSettings, ShapeRule
+from tests.models.hcodec.standardised import random_codec, synthetic_audio
 
 ROWS = ShapeRule(growth=1.25, batch_seconds=4.0, max_rows=4)
 CPU = compute_class("cpu")

@@ -5,10 +5,10 @@ import torch
 
 from hcodec_core.models.base import FrameCodes
 from hcodec_core.models.hcodec.config import tiny
-from hcodec_core.models.hcodec.random_nano import random_codec, synthetic_audio
 from hcodec_core.models.loading import load_codec
 from hcodec_core.nn.lengths import Lengths
 from hcodec_core.tokens import EncodeSettings
+from tests.models.hcodec.standardised import random_codec, synthetic_audio
 
 
 @pytest.fixture(scope="module", params=["tiny", "nano"])

@@ -1,40 +1,21 @@
-"""How the weights of ``hcodec-nano`` were made: random, from one seed, never trained.
+"""Untrained H-Codecs whose latents are standardised and whose codebooks fit them.
 
 The encoders are scaled so that each latent feature has mean 0 and deviation 1 on synthetic audio,
-and the codebooks are k-means centres of those latents, so that codes vary with the audio. Run as
-``python -m hcodec_core.models.hcodec.random_nano FOLDER``.
+and the codebooks are k-means centres of those latents, so that codes vary with the audio.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from hcodec_core.models.hcodec.config import HCodecConfig, hcodec_nano
+from hcodec_core.models.hcodec.config import HCodecConfig
 from hcodec_core.models.hcodec.model import HCodec, codec_of
-from hcodec_core.models.loading import CodecCard, save_codec
 from hcodec_core.nn.quantize import ResidualQuantizer, nearest_entries
-from hcodec_core.tokens import CodecManifest
 
-_SEED = 20261120
 _NUM_CLIPS = 24
 _CLIP_SECONDS = 8
 _KMEANS_STEPS = 8
-
-
-def write_random_nano(folder_path: Path) -> CodecManifest:
-    """Write the codec folder."""
-    codec = random_codec(hcodec_nano(), _SEED)
-    card = CodecCard(
-        name="hcodec-nano",
-        is_trained=False,
-        weights_licence="Apache-2.0",
-        source=f"random weights from seed {_SEED}, not trained",
-    )
-    return save_codec(codec, card, folder_path)
 
 
 def random_codec(config: HCodecConfig, seed: int, num_clips: int = _NUM_CLIPS) -> HCodec:
@@ -101,7 +82,3 @@ def _kmeans(points: Tensor, num_centres: int) -> Tensor:
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres
-
-
-if __name__ == "__main__":
-    write_random_nano(Path(sys.argv[1]))
