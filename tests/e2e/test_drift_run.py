@@ -18,6 +18,7 @@ import pytest
 from hcodec_airflow.demo.airflow_api import FINISHED, AirflowApi
 from hcodec_airflow.demo.services import (
     AIRFLOW,
+    DemoError,
     Services,
     airflow_environment,
     free_port,
@@ -95,7 +96,17 @@ class House:
         """An event of the dataset's asset, as ``publish`` makes it."""
         assets = self.api._call("GET", "/api/v2/assets?name_pattern=tokens__demo")["assets"]
         body = {"asset_id": assets[0]["id"], "extra": {"dataset": "demo", "version": version}}
-        self.api._call("POST", "/api/v2/assets/events", body)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self.api._call("POST", "/api/v2/assets/events", body)
+            except DemoError as error:
+                # "Database error": sqlite has one writer, which on a busy machine may be waited for too long.
+                if "answered 500" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+            else:
+                return
 
     def returned(self, run: dict[str, Any], task: str, map_index: int = -1) -> Any:
         path = f"/api/v2/dags/{run['dag_id']}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
