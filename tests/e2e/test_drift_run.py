@@ -101,7 +101,7 @@ class House:
             try:
                 self.api._call("POST", "/api/v2/assets/events", body)
             except DemoError as error:
-                # "Database error": sqlite has one writer, which on a busy machine may be waited for too long.
+                # sqlite has one writer: on a busy machine it may be waited for too long.
                 if "answered 500" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(1)
