@@ -11,6 +11,8 @@ CORPUS ?= tests/corpus/clips
 KEEP ?=
 SEED ?= 1
 MINUTES ?= 20
+BUDGET ?= 4
+ALL ?=
 AIRFLOW ?=
 KUBECONFIG_FILE ?=
 OUT ?= .train-nano
@@ -20,7 +22,7 @@ SET ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop demo-clean images helm-package test test-slow test-chaos test-cluster lint types layers check clean chaos bench-dataset bench-codecs train-nano
+.PHONY: help setup demo demo-stop demo-clean images helm-package test test-slow test-chaos test-cluster lint types layers check clean chaos bench bench-gpu bench-dataset train-nano
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,8 +75,11 @@ chaos: $(STAMP) ## Break the pipeline on purpose and count rows: every named fau
 bench-dataset: $(STAMP) ## Measure how the dataset layer scales; writes docs/benchmarks/dataset.md (minutes)
 	$(BIN)/python -m tests.benchmarks.bench_dataset
 
-bench-codecs: $(STAMP) ## Measure how fast codecs encode, on CPU and on a GPU when present; writes docs/benchmarks/<machine> (half an hour)
-	$(BIN)/hcodec bench --out docs/benchmarks
+bench: $(STAMP) ## Measure how fast codecs encode on the CPU, beside a plain loop and peers, and what feeds them; writes docs/benchmarks (8 minutes; BUDGET=1 less, ALL=1 every codec)
+	$(BIN)/hcodec bench --device cpu --budget $(BUDGET) --feed $(if $(ALL),--all) --out docs/benchmarks
+
+bench-gpu: $(STAMP) ## The same on a GPU, in ten minutes; fails where there is none
+	$(BIN)/hcodec bench --device cuda --budget $(BUDGET) --out docs/benchmarks
 
 train-nano: $(STAMP) ## Train hcodec-nano unattended (DATA=folder of audio, OUT=.train-nano, EVAL=folder to score on, SET="steps=8000 ..."); goes on where it stopped
 	@[ -n "$(DATA)" ] || { echo "Name a folder of audio: make train-nano DATA=/audio/speech [OUT=folder] [EVAL=folder]"; exit 1; }

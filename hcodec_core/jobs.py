@@ -215,7 +215,7 @@ class WorkUse(_Document):
         shares = {name: f"{name} {100 * step.share:.0f} %" for name, step in self.steps.items()}
         first = shares.pop(self.bottleneck)
         needs = [
-            f"{cores:.2g} cores and {rate:.2g} MB/s for {name}"
+            f"{short(cores)} cores and {short(rate)} MB/s for {name}"
             for name, use in sorted(self.formats.items())
             for cores, rate in (use.needs(self.encode_rate),)
         ]
@@ -237,6 +237,11 @@ class WorkUse(_Document):
             for name, use in part.formats.items():
                 formats[name] = _sum(formats.get(name, FormatUse()), use)
         return WorkUse(steps=steps, formats=formats, audio_seconds=audio_seconds)
+
+
+def short(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 Summed = TypeVar("Summed", StepUse, FormatUse)

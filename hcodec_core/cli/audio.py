@@ -125,6 +125,7 @@ def _show(report: EncodeReport, options: argparse.Namespace, output: Output) -> 
         "files_with_tokens": report.num_files - len(without),
         "audio_seconds": round(report.audio_seconds, 3),
         "tokens": report.num_tokens,
+        "work": report.work.model_dump(mode="json"),
         "without_tokens": [outcome.model_dump(mode="json") for outcome in without],
         "agreement": None if report.agreement is None else report.agreement.model_dump(mode="json"),
     }
@@ -135,6 +136,7 @@ def _show(report: EncodeReport, options: argparse.Namespace, output: Output) -> 
         f"{options.out}: {document['files_with_tokens']} of {report.num_files} files, "
         f"{report.audio_seconds:.1f} s of audio, {report.num_tokens} tokens"
     )
+    output.note(f"Where the time went: {report.work.for_people}")
     if report.agreement is not None:
         output.table(*agreement_table("mode fast", "mode exact", report.agreement))
     if without:

@@ -86,7 +86,7 @@ class Engine:
             segment_seconds=settings.segment_seconds,
             halo_seconds=settings.halo_seconds,
         )
-        runs_alone = self._is_exact and settings.shapes.max_rows == 1
+        runs_alone = settings.shapes.max_rows == 1 and self.narrow_type is None
         self._solo = codec.solo_encoder() if runs_alone else None
         self._encoder, self._decoder = (
             BatchRunner(codec.device, self.mode, settings.shapes) for _ in range(2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hcodec_core.dataset.shards import results_by_shard
 from hcodec_core.errors import EXIT_OK, ConfigError, PreemptedError, StorageError
 from hcodec_core.inference.engine import Clip, ClipTokens, Engine
 from hcodec_core.inference.worker import WorkerOptions, run_worker
-from hcodec_core.jobs import JOB_FILE, FileOutcome, ModeAgreement, TokenizeJob, read_job
+from hcodec_core.jobs import JOB_FILE, FileOutcome, ModeAgreement, TokenizeJob, WorkUse, read_job
 from hcodec_core.storage import Storage, file_uri, join_uri, open_storage
 from hcodec_core.tokens import CodecManifest, CodecSpec, Codes, EncodeSettings
 
@@ -40,13 +40,17 @@ _ROWS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What ``LocalEncoding`` did: counts, the outcome of every file, agreement of mode fast."""
+    """What ``LocalEncoding`` did: counts, the outcome of every file, agreement of mode fast.
+
+    ``work``: where the worker's time went.
+    """
 
     num_files: int
     audio_seconds: float
     num_tokens: int
     outcomes: Sequence[FileOutcome]
     agreement: ModeAgreement | None = None
+    work: WorkUse = field(default_factory=WorkUse)
 
 
 class LocalEncoding:
@@ -107,6 +111,7 @@ class LocalEncoding:
             num_tokens=sum(result.num_tokens for result in results),
             outcomes=[outcome for result in results for outcome in result.outcomes],
             agreement=agreement,
+            work=WorkUse.total(result.work for result in results if result.work is not None),
         )
 
 
