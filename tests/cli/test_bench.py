@@ -52,6 +52,7 @@ def test_rows_are_measured_written_and_merged(capsys, tmp_path: Path) -> None:
     assert "ucodec-tiny" in page
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_clips_and_their_codes_come_back_in_order(capsys, tmp_path) -> None:
     rows = bench(capsys, tmp_path, "--preset", "hcodec-tiny", "--workers", "2", "--budget", "0.5")
     assert rows[0]["codes_equal"] == 1.0
@@ -67,6 +68,7 @@ def test_without_a_gpu_nothing_passes_for_a_measurement(capsys, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_feeding_is_measured_by_format(capsys, tmp_path: Path) -> None:
     bench(capsys, tmp_path, "--preset", "hcodec-tiny", "--workers", "1", "--feed")
     (path,) = tmp_path.glob("*-feed.json")
