@@ -81,12 +81,17 @@ class WorkConfig(_Section):
 
 
 class CostConfig(_Section):
-    """What an hour of one worker costs, and how fast it runs (times real time) per codec."""
+    """What an hour of one worker costs, and how fast it runs (times real time) per codec.
+
+    ``training_realtime_factors``: hours of crops that one training process goes through in an hour.
+    """
 
     currency: str = "USD"
     worker_hour: float = Field(default=0.0, ge=0)
     realtime_factors: dict[str, float] = {}
     default_realtime_factor: float = Field(default=20.0, gt=0)
+    training_realtime_factors: dict[str, float] = {}
+    default_training_realtime_factor: float = Field(default=20.0, gt=0)
 
 
 class MetricMargin(_Section):

@@ -424,6 +424,7 @@ class TrainJob(_Document):
     ``job.json`` too and, written last, ``results/training.json``. ``recipe``: ``training.recipe``
     as values. ``data_uris``: folders, manifests, inventories or ``dataset:NAME@VERSION``. ``base``:
     codec to go on from. ``teacher``: folder of the SSL model, where one is needed from scratch.
+    ``sample_rate``: in Hz, of the data where that is known; the codec's must be the same.
     """
 
     kind: Literal["train"] = "train"
@@ -434,6 +435,7 @@ class TrainJob(_Document):
     data_uris: list[str] = Field(min_length=1)
     base: CodecPin | None = None
     teacher: str | None = None
+    sample_rate: int | None = None
     is_tracked: bool = True
     experiment: str = "hcodec"
     weights_licence: str = "unknown"

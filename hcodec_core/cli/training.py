@@ -27,8 +27,9 @@ from hcodec_core.jobs import TrainJob
 from hcodec_core.storage import file_uri, split_uri
 
 if TYPE_CHECKING:
+    from hcodec_core.training.job import TrainingResult
     from hcodec_core.training.ranks import Ranks
-    from hcodec_core.training.run import TrainingResult, TrainOptions, TrainRequest
+    from hcodec_core.training.run import TrainOptions, TrainRequest
     from hcodec_core.training.trainer import TrainProgress
 
 _LINE_SECONDS = 30.0
@@ -151,8 +152,9 @@ def run_job(
     """Run a train job for ``hcodec run``; returns the exit code."""
     from hcodec_core.promotion.codec_versions import registry_uri
     from hcodec_core.storage import open_storage
+    from hcodec_core.training.job import finished
     from hcodec_core.training.recipe import recipe_of
-    from hcodec_core.training.run import TrainRequest, finished
+    from hcodec_core.training.run import TrainRequest
 
     config = load_config(options.config)
     if finished(open_storage(config.storage), job.plan_uri) is not None:
@@ -168,6 +170,7 @@ def run_job(
         tracking_uri=registry_uri(config) if job.is_tracked else None,
         experiment=job.experiment,
         licence=job.weights_licence,
+        sample_rate=job.sample_rate,
     )
     with _ranks(options.device) as (ranks, device):
         run_options = _run_options(options, scratch_path, device, options.decoders)

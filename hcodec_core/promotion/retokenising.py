@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict
 
 from hcodec_core.config import Config
 from hcodec_core.dataset.plan import Plan, PlanRequest, make_plan, read_plan
-from hcodec_core.dataset.table import find_layout
+from hcodec_core.dataset.table import dataset_names, find_layout
 from hcodec_core.dataset.versions import VersionRecord, list_versions, version_record
 from hcodec_core.errors import ConfigError
 from hcodec_core.promotion.resolving import ResolvedCodec, check_place
 from hcodec_core.storage import Storage
-from hcodec_core.tokens import CodecManifest, CodecSpec
+from hcodec_core.tokens import CodecManifest, CodecSpec, EncodeSettings
 
 
 class RetokenisePlan(BaseModel):
@@ -19,7 +19,7 @@ class RetokenisePlan(BaseModel):
 
     Estimates as of ``hcodec plan --dry-run`` over the listing of the dataset's latest version:
     hours of audio and of workers (GPUs, where workers have one), cost in ``currency``. The old
-    version stays as it is. All zero when nothing changes.
+    version stays as it is. All zero when nothing changes. ``settings``: of the dataset's version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +30,7 @@ class RetokenisePlan(BaseModel):
     codec_digest: str
     old_encode_id: str
     new_encode_id: str
+    settings: EncodeSettings
     changes_tokens: bool
     sentence: str
     inventory_uri: str = ""
@@ -65,6 +66,7 @@ def plan_retokenising(
         codec_digest=codec.digest,
         old_encode_id=record.encode_id,
         new_encode_id=new_id,
+        settings=record.settings,
         changes_tokens=new_id != record.encode_id,
         sentence=f"No token changes: {dataset} keeps its tokens, the codec only decodes otherwise.",
         sources=record.sources,
@@ -84,6 +86,18 @@ def plan_retokenising(
             "currency": plan.currency,
         }
     )
+
+
+def datasets_of(config: Config, storage: Storage, codec_name: str) -> list[str]:
+    """Names of the datasets whose latest version was made by a codec of that (manifest's) name."""
+    found = []
+    for dataset in dataset_names(config):
+        layout = find_layout(config, dataset)
+        current = [version for version in list_versions(layout) if version.is_current]
+        names = [version_record(storage, layout, v.version).codec_name for v in current]
+        if codec_name in names:
+            found.append(dataset)
+    return found
 
 
 def _latest(config: Config, storage: Storage, dataset: str) -> VersionRecord:

@@ -41,6 +41,15 @@ from hcodec_core.tokens import MANIFEST_FILE, WEIGHTS_FILE, CodecManifest, Encod
 from hcodec_core.training.batches import BatchSource, Place, SampleDataset, SamplePlan, Share
 from hcodec_core.training.checkpoints import CheckpointFacts, CheckpointPlace, Checkpoints
 from hcodec_core.training.held_out import HeldOutClip, read_held_out
+from hcodec_core.training.job import (
+    FILES_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    RunFacts,
+    TrainingResult,
+    check_ranks,
+    pin_files,
+)
 from hcodec_core.training.keys import seed_of
 from hcodec_core.training.learner import Learner
 from hcodec_core.training.objective import freeze, objective_for
@@ -53,7 +62,6 @@ from hcodec_core.training.sources import (
     list_sources,
     read_sources,
     split_sources,
-    write_sources,
 )
 from hcodec_core.training.teacher import take_teacher
 from hcodec_core.training.tracking import MlflowTracker, NoTracker, TrackedRun, Tracker
@@ -61,7 +69,6 @@ from hcodec_core.training.trainer import Surroundings, Trainer, TrainProgress
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, FILES_FILE, RESULT_FILE = "run.json", "files.parquet", "results/training.json"
 CODEC_FOLDER, EXPORTS_FOLDER = "codec", "exports"
 _BASE_SETTINGS = EncodeSettings(compute_class="training")
 
@@ -78,7 +85,8 @@ class TrainRequest:
     from scratch. ``teacher``: folder or hub
     id of the SSL model (transformers), for training from scratch a codec that has one.
     ``resumes``: go on where an earlier run into ``out_uri`` stopped. ``tracking_uri``: MLflow;
-    None: not tracked.
+    None: not tracked. ``sample_rate``: in Hz, of the data where that is known; the codec's must be
+    the same.
     """
 
     recipe: Recipe
@@ -91,6 +99,7 @@ class TrainRequest:
     tracking_uri: str | None = None
     experiment: str = "hcodec"
     licence: str = "unknown"
+    sample_rate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,20 +127,6 @@ class TrainContext:
     config: Config | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     report: Callable[[TrainProgress], None] = _ignore
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a finished run made. ``scores``: of the last validation."""
-
-    codec_uri: str
-    codec_digest: str
-    recipe_digest: str
-    data_digest: str
-    steps: int
-    num_training_files: int
-    num_held_out_files: int
-    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -316,6 +311,12 @@ class _Run:
 
     def _pin(self, codec: Codec) -> tuple[Sources, CheckpointFacts]:
         """The list of files, made by the first rank once, and what the run is known by."""
+        if self.request.sample_rate not in {None, codec.sample_rate}:
+            raise ConfigError(
+                f"The data version was made at {self.request.sample_rate} Hz; the codec to be "
+                f"trained works at {codec.sample_rate} Hz: train on its source folders, or another "
+                "codec."
+            )
         files = self._files(codec)
         sources = split_sources(files, self.recipe.data)
         build = {
@@ -370,16 +371,14 @@ class _Run:
             self.storage, request.data_uris, codec.sample_rate, self.context.config
         )
         split_sources(files, self.recipe.data)  # what cannot be split is not pinned
-        facts = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "data": list(request.data_uris),
-            "base": request.base_uri,
-            "teacher": request.teacher,
-            "licence": request.licence,
-        }
-        run_uri = join_uri(request.out_uri, RUN_FILE)
-        self.storage.write(run_uri, json.dumps(facts, indent=1).encode())
-        write_sources(self.storage, uri, files)
+        facts = RunFacts(
+            recipe=self.recipe,
+            data=request.data_uris,
+            base=request.base_uri,
+            teacher=request.teacher,
+            licence=request.licence,
+        )
+        pin_files(self.storage, request.out_uri, files, facts)
         return files
 
     def _dataset(self, codec: Codec, sources: Sources) -> SampleDataset:
@@ -494,12 +493,7 @@ class _Run:
 
 
 def _check(request: TrainRequest, context: TrainContext) -> None:
-    batch_size, size = request.recipe.batch_size, context.ranks.size
-    if batch_size % size:
-        raise ConfigError(
-            f"{size} processes cannot share a batch of {batch_size} clips evenly: choose a number "
-            "of processes that divides batch_size, or another batch_size."
-        )
+    check_ranks(request.recipe, context.ranks.size)
     if context.config is not None:
         context.config.check_destination(request.out_uri)
 
@@ -522,11 +516,3 @@ def _keep_variance(codec: Codec) -> None:
         if name != "ssl":
             assert isinstance(child, nn.Module)
             keep_variance(child)
-
-
-def finished(storage: Storage, run_uri: str) -> TrainingResult | None:
-    """What a finished run made; None while it is not finished."""
-    uri = join_uri(run_uri, RESULT_FILE)
-    if storage.head(uri) is None:
-        return None
-    return TrainingResult(**json.loads(storage.read(uri)))

@@ -61,8 +61,55 @@ class Sources:
         return digest_of([[[file.uri, file.etag] for file in side] for side in sides])
 
 
+@dataclass(frozen=True)
+class DataVersion:
+    """A dataset version that is trained on. ``sample_rate`` in Hz."""
+
+    dataset: str
+    version: str
+    encode_id: str
+    table_uri: str
+    snapshot_id: int
+    sample_rate: int
+
+    @property
+    def uri(self) -> str:
+        """How it is named among the data."""
+        return f"{_VERSION_PREFIX}{self.dataset}@{self.version}"
+
+
+def pin_versions(
+    config: Config, uris: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[DataVersion, ...]]:
+    """``uris`` with each dataset at the version that it has now, and these versions.
+
+    Raises ``ConfigError`` for a dataset or version that does not exist.
+    """
+    pinned, versions = [], []
+    for uri in uris:
+        if uri.startswith(_VERSION_PREFIX):
+            versions.append(_version_of(uri.removeprefix(_VERSION_PREFIX), config))
+            uri = versions[-1].uri
+        pinned.append(uri)
+    return tuple(pinned), tuple(versions)
+
+
+def _version_of(name_and_version: str, config: Config) -> DataVersion:
+    name, _, version = name_and_version.partition("@")
+    layout = find_layout(config, name)
+    snapshot = pin_snapshot(config, name, version or "latest", layout.encode_id)
+    return DataVersion(
+        dataset=name,
+        version=snapshot.version,
+        encode_id=layout.encode_id,
+        table_uri=layout.table_uri,
+        snapshot_id=snapshot.snapshot_id,
+        sample_rate=snapshot.manifest.sample_rate,
+    )
+
+
 def list_sources(
-    storage: Storage, uris: Sequence[str], sample_rate: int, config: Config | None = None
+    storage: Storage, uris: Sequence[str], sample_rate: int | None, config: Config | None = None
 ) -> list[SourceFile]:
     """All files behind ``uris``, each once, sorted by URI.
 
@@ -72,7 +119,7 @@ def list_sources(
 
     Raises:
         ConfigError: A source cannot be used; a dataset version was made at another sample rate
-            than ``sample_rate`` (Hz); there is no file.
+            than ``sample_rate`` (Hz; None: any); there is no file.
         AccessError: A file lies outside the allowed prefixes.
     """
     found: dict[str, SourceFile] = {}
@@ -87,7 +134,7 @@ def list_sources(
 
 
 def _files_of(
-    storage: Storage, uri: str, sample_rate: int, config: Config | None
+    storage: Storage, uri: str, sample_rate: int | None, config: Config | None
 ) -> Iterable[SourceFile]:
     if uri.startswith(_VERSION_PREFIX):
         return _version_files(uri.removeprefix(_VERSION_PREFIX), sample_rate, config)
@@ -101,13 +148,13 @@ def _files_of(
 
 
 def _version_files(
-    name_and_version: str, sample_rate: int, config: Config | None
+    name_and_version: str, sample_rate: int | None, config: Config | None
 ) -> Iterator[SourceFile]:
     if config is None:
         raise ConfigError("Training on a dataset version needs the configuration file: --config.")
     name, _, version = name_and_version.partition("@")
     snapshot = pin_snapshot(config, name, version or "latest")
-    if snapshot.manifest.sample_rate != sample_rate:
+    if sample_rate not in {None, snapshot.manifest.sample_rate}:
         raise ConfigError(
             f"Dataset {name} {snapshot.version} was made at {snapshot.manifest.sample_rate} Hz; "
             f"the codec to be trained works at {sample_rate} Hz: train on its source folders, or "

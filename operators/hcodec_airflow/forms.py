@@ -47,7 +47,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "default": "hcodec-nano",
         "title": "Codec",
         "description": "A preset with weights (hcodec-nano), a folder (s3://bucket/models/h1, "
-        "file:///models/h1) or a repository (hf://org/name@revision).",
+        "file:///models/h1), a repository (hf://org/name@revision) or a registered codec "
+        "(models:/hcodec-nano@champion).",
         "section": _WHAT,
     },
     "workers": {

@@ -52,7 +52,7 @@ class CodecJobOperator(BaseOperator):
         pod_template: Merged into the pods of those by strategic merge; may not loosen their
             security (templated).
         processes_per_node: For training: torchrun starts so many on each node. 0: independent
-            workers.
+            workers (templated).
         device: Torch device of a worker; None: as profile or option ``local_device`` say.
         threads: CPU threads of a worker; None: as profile or option ``local_threads`` say.
         decoders: Decoding processes of a worker; None: as for threads.
@@ -70,6 +70,7 @@ class CodecJobOperator(BaseOperator):
         "backend",
         "workers",
         "profile",
+        "processes_per_node",
         "pod_template",
         "lock",
     )
@@ -85,7 +86,7 @@ class CodecJobOperator(BaseOperator):
         workers: int | str = 2,
         profile: str = "",
         pod_template: Mapping[str, Any] | None = None,
-        processes_per_node: int = 0,
+        processes_per_node: int | str = 0,
         device: str | None = None,
         threads: int | None = None,
         decoders: int | None = None,
@@ -240,19 +241,20 @@ class CodecJobOperator(BaseOperator):
     ) -> JobRequest:
         from hcodec_airflow.backends.base import JobRequest, Timeouts
 
-        wanted = self._num_workers()
+        wanted = _count(self.workers, "workers", 1)
+        processes_per_node = _count(self.processes_per_node, "processes_per_node", 0)
         return JobRequest(
             # One set of workers per plan, whichever try or run asks for it.
             name=f"{job.kind}-{job.plan_id}",
             job_uri=self.job,
             plan_uri=job.plan_uri,
-            num_workers=wanted if self.processes_per_node else min(wanted, max(job.num_shards, 1)),
+            num_workers=wanted if processes_per_node else min(wanted, max(job.num_shards, 1)),
             resources=self._resources(settings, backend),
             max_restarts=self.max_restarts,
             lease_seconds=job.lease_seconds,
             profile=str(self.profile or ""),
             pod_template=dict(self.pod_template or {}),
-            processes_per_node=self.processes_per_node,
+            processes_per_node=processes_per_node,
             timeouts=Timeouts(self.queue_seconds, self.startup_seconds, self.run_seconds),
             origin=origin,
         )
@@ -271,15 +273,6 @@ class CodecJobOperator(BaseOperator):
             decoders=self.decoders or usual[2],
         )
 
-    def _num_workers(self) -> int:
-        try:
-            number = int(self.workers)
-        except ValueError:
-            number = 0
-        if number < 1:
-            raise ConfigError(f"workers is {self.workers!r}: write a count of at least 1.")
-        return number
-
     def _backend_name(self, settings: Settings) -> str:
         from hcodec_airflow.backends import check_backend_name
 
@@ -294,3 +287,14 @@ def _origin_of(context: Context) -> TaskOrigin:
     task = context["ti"]
     index = -1 if task.map_index is None else task.map_index
     return TaskOrigin(task.dag_id, task.run_id, task.task_id, index)
+
+
+def _count(value: int | str, name: str, least: int) -> int:
+    """A count that a template may have given as text. Raises ``ConfigError`` naming it."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise ConfigError(f"{name} is {value!r}: write a count of at least {least}.")
+    return number

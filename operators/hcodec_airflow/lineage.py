@@ -35,6 +35,11 @@ def token_dataset(table_uri: str, version: str, snapshot_id: int) -> NamedDatase
     return NamedDataset(*_named(table_uri), f"{version} (snapshot {snapshot_id})")
 
 
+def audio_source(uri: str) -> NamedDataset:
+    """A folder or manifest of audio; object storage moves on, so it has no version."""
+    return NamedDataset(*_named(uri), "")
+
+
 def codec_dataset(name: str, digest: str) -> NamedDataset:
     """A codec, by its manifest's name; its version is the manifest's digest."""
     return NamedDataset(CODEC_NAMESPACE, name, digest)
@@ -45,7 +50,7 @@ def lineage_of_training(
     model: NamedDataset,
     started_from: NamedDataset | None = None,
 ) -> OperatorLineage[Any, Any]:
-    """Versions of tokens (and the codec that training started from) in, the trained codec out."""
+    """Versions of tokens or audio, and the base where there is one, in; the trained codec out."""
     from airflow.providers.openlineage.extractors import OperatorLineage
     from openlineage.client.event_v2 import InputDataset, OutputDataset
 
@@ -59,6 +64,8 @@ def lineage_of_training(
 
 
 def _version(dataset: NamedDataset) -> dict[str, Any]:
+    if not dataset.version:
+        return {}
     from openlineage.client.facet_v2 import dataset_version_dataset
 
     facet = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=dataset.version)
@@ -70,6 +77,27 @@ def _of_model(dataset: NamedDataset) -> dict[str, Any]:
 
     kind = dataset_type_dataset.DatasetTypeDatasetFacet(datasetType="MODEL")
     return {**_version(dataset), "datasetType": kind}
+
+
+def lineage_of_export(
+    pinned: Mapping[str, Any], exported: Mapping[str, Any]
+) -> OperatorLineage[Any, Any]:
+    """What ``retrain_steps.pin`` and ``retrain_steps.export`` told, as one training."""
+    from hcodec_airflow.settings import read_settings
+    from hcodec_core.codecs import load_manifest
+
+    versions = [
+        token_dataset(entry["table_uri"], entry["version"], entry["snapshot_id"])
+        for entry in pinned["versions"]
+    ]
+    audio = [audio_source(uri) for uri in pinned["data"] if not uri.startswith("dataset:")]
+    base = None
+    if pinned["base"] is not None:
+        uri, digest = pinned["base"]["uri"], pinned["base"]["digest"]
+        manifest = load_manifest(uri, fetch=read_settings().open_storage().read)
+        base = codec_dataset(manifest.name, digest)
+    trained = codec_dataset(exported["manifest_name"], exported["digest"])
+    return lineage_of_training([*versions, *audio], trained, base)
 
 
 def lineage_of_publish(plan_uri: str, version: Mapping[str, Any]) -> OperatorLineage[Any, Any]:

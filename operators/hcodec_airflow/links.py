@@ -90,3 +90,16 @@ class DriftEvidenceLink(BaseOperatorLink):
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """Address of the page, empty when nothing was judged."""
         return _pushed(EVIDENCE_URL_KEY, ti_key)
+
+
+class EvaluationReportLink(BaseOperatorLink):
+    """Leads to the report of an evaluation, with recordings to listen to."""
+
+    @property
+    def name(self) -> str:
+        """Text of the button."""
+        return "Evaluation report"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """Address of the page, empty when nothing was evaluated."""
+        return _pushed(REPORT_URL_KEY, ti_key)

@@ -65,6 +65,7 @@ EXTRA_LINKS = (
     "hcodec_airflow.links.DriftEvidenceLink",
     "hcodec_airflow.links.WorkerLogsLink",
     "hcodec_airflow.links.JobManifestLink",
+    "hcodec_airflow.links.EvaluationReportLink",
 )
 
 _TEXT = {"type": ["string", "null"]}

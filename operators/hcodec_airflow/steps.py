@@ -143,16 +143,16 @@ def _plan_outcome(made: Plan, request: TokenizeRequest) -> str:
 def _plan_request(
     request: TokenizeRequest, inventory_uri: str, settings: Settings, storage: Storage
 ) -> PlanRequest:
-    from hcodec_core.codecs import load_manifest
     from hcodec_core.dataset.plan import BadFileBudget, PlanRequest
+    from hcodec_core.promotion.resolving import check_place, resolve_codec
     from hcodec_core.tokens import EncodeSettings
 
-    manifest = load_manifest(request.codec, fetch=storage.read)
+    codec = resolve_codec(settings.load_config(), request.codec, storage)
     return PlanRequest(
         dataset=request.dataset,
         inventory_uri=inventory_uri,
-        codec_uri=request.codec,
-        manifest=manifest,
+        codec_uri=codec.uri,
+        manifest=check_place(codec.uri, codec.digest, storage),
         settings=EncodeSettings(
             mode=request.mode,
             channel=request.channel,

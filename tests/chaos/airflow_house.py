@@ -78,22 +78,22 @@ class Api(AirflowApi):
             "task_ids": [task_id],
             "include_downstream": True,
         }
-        self._call("POST", f"/api/v2/dags/{DAG}/clearTaskInstances", body)
+        self.call("POST", f"/api/v2/dags/{DAG}/clearTaskInstances", body)
 
     def mark_failed(self, run_id: str, task_id: str) -> None:
         """Mark a task as failed."""
         path = f"/api/v2/dags/{DAG}/dagRuns/{run_id}/taskInstances/{task_id}"
-        self._call("PATCH", path, {"new_state": "failed"})
+        self.call("PATCH", path, {"new_state": "failed"})
 
     def mark_run_failed(self, run_id: str) -> None:
         """Mark a run as failed; its teardown still runs."""
-        self._call("PATCH", f"/api/v2/dags/{DAG}/dagRuns/{run_id}", {"state": "failed"})
+        self.call("PATCH", f"/api/v2/dags/{DAG}/dagRuns/{run_id}", {"state": "failed"})
 
     def delete_run(self, run_id: str) -> None:
         """Delete a run; Airflow refuses that while it runs."""
         # The answer has no body.
         with contextlib.suppress(ValueError):
-            self._call("DELETE", f"/api/v2/dags/{DAG}/dagRuns/{run_id}")
+            self.call("DELETE", f"/api/v2/dags/{DAG}/dagRuns/{run_id}")
 
 
 class House:

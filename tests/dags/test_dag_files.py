@@ -48,6 +48,30 @@ sources = ["s3://audio/other/"]
 worker = 3
 """
 
+CODECS = """
+[codecs.hcodec-nano]
+data = ["dataset:speech"]
+held_out = "s3://audio/held-out/"
+schedule = "@weekly"
+min_new_hours = 50.0
+on_drift_of = ["speech", "by_hand"]
+approval = "automatic"
+
+[codecs.drifting]
+data = ["dataset:speech"]
+held_out = "s3://audio/held-out/"
+on_drift_of = ["speech"]
+
+[codecs.quiet]
+data = ["s3://audio/speech/"]
+held_out = "s3://audio/held-out/"
+"""
+WRONG_CODEC = """
+[codecs.typo]
+data = ["/etc"]
+held_out = "s3://audio/held-out/"
+"""
+
 BUDGET = """
 import json, sys, time
 import airflow.sdk
@@ -142,6 +166,39 @@ CONFS: list[dict[str, object]] = [
     },
 ]
 
+GOOD_CODEC = {
+    "codec": "hcodec-nano",
+    "data": ["dataset:speech@v3", "s3://audio/more/"],
+    "held_out": "s3://audio/held-out/",
+}
+RETRAIN_CONFS: list[dict[str, object]] = [
+    GOOD_CODEC,
+    {"codec": "hcodec-nano"},
+    {**GOOD_CODEC, "codec": "a b"},
+    {**GOOD_CODEC, "data": "dataset:speech"},
+    {**GOOD_CODEC, "data": []},
+    {**GOOD_CODEC, "data": ["/etc"]},
+    {**GOOD_CODEC, "held_out": "/etc"},
+    {**GOOD_CODEC, "steps": 0},
+    {**GOOD_CODEC, "learning_rate": 0},
+    {**GOOD_CODEC, "train": "encoder"},
+    {**GOOD_CODEC, "changes": "steps=1"},
+    {**GOOD_CODEC, "nodes": 0},
+    {**GOOD_CODEC, "gpus": 17},
+    {**GOOD_CODEC, "margins": {"stoi": -1}},
+    {**GOOD_CODEC, "min_files": 1},
+    {**GOOD_CODEC, "approval": True},
+    {**GOOD_CODEC, "datasets": ["De mo"]},
+    {**GOOD_CODEC, "margins": {"stoi": 0.02}, "changes": {"losses.mel": 45}, "gpus": 8},
+]
+ROLLBACK_CONFS: list[dict[str, object]] = [
+    {"codec": "hcodec-nano", "champion": 3, "reason": "hiss"},
+    {"codec": "hcodec-nano", "reason": "hiss"},
+    {"codec": "hcodec-nano", "champion": 0, "reason": "hiss"},
+    {"codec": "hcodec-nano", "champion": 3, "reason": ""},
+    {"codec": "hcodec-nano", "champion": 2, "reason": "noise"},
+]
+
 UPKEEP_CONFS: list[dict[str, object]] = [
     {"datasets": ["speech"], "dry_run": "never", "compact": False},
     {"datasets": "speech"},
@@ -196,6 +253,8 @@ def _facts(home: Path, folder: Path) -> dict:
         "tokenize_corpus": CONFS,
         "maintain_datasets": UPKEEP_CONFS,
         "monitor_tokens": MONITOR_CONFS,
+        "retrain_codec": RETRAIN_CONFS,
+        "rollback_codec": ROLLBACK_CONFS,
     }
     text = _python(home, BAG, str(folder), json.dumps(confs))
     return json.loads(text.partition("FACTS")[2])
@@ -208,11 +267,12 @@ def tokenising(facts: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The shipped files with two declared datasets."""
+    """The shipped files with two declared datasets and three declared codecs."""
     path = tmp_path_factory.mktemp("dags")
     for file in DAGS.glob("*.py"):
         shutil.copy(file, path)
     (path / "datasets.toml").write_text(DECLARED)
+    (path / "codecs.toml").write_text(CODECS)
     return path
 
 
@@ -313,6 +373,49 @@ def test_monitoring_follows_every_declared_dataset_and_the_manual_dag(facts):
     assert all(refusals[1:-1]), refusals
 
 
+RETRAIN_TASKS = [
+    *("pin", "train", "export", "evaluate", "gate", "approve", "promote", "tokens", "tokenise"),
+]
+
+
+def test_retraining_by_form_and_by_declaration(facts):
+    dags = {dag_id: dag for dag_id, dag in facts["dags"].items() if "retrain" in dag_id}
+    assert set(dags) == {
+        *("retrain_codec", "retrain__hcodec-nano", "retrain__drifting", "retrain__quiet"),
+    }
+    for dag_id, dag in dags.items():
+        due = ["due"] if dag_id == "retrain__hcodec-nano" else []
+        assert dag["tasks"] == [*due, *RETRAIN_TASKS]
+        for task, after in pairwise(dag["tasks"]):
+            assert dag["downstream"][task] == [after]
+        assert dag["mapped"] == ["tokenise"]
+        assert dag["timeouts"] == []
+        assert dag["links"]["gate"] == dag["links"]["approve"] == ["Evaluation report"]
+        assert dag["operators"]["train"] == dag["operators"]["evaluate"] == "CodecJobOperator"
+    assert dags["retrain_codec"]["schedule"] == dags["retrain__quiet"]["schedule"] == "None"
+    assert dags["retrain_codec"]["outlets"] == ["AssetAlias retrain_codec"]
+    nano = dags["retrain__hcodec-nano"]
+    assert nano["outlets"] == ["Asset hcodec-champion-hcodec-nano"]
+    assert nano["max_active_runs"] == 1
+    assert "codec" not in nano["params"]
+    assert nano["params"]["approval"]["value"] == "automatic"
+    assert nano["params"]["data"]["value"] == ["dataset:speech"]
+
+
+def test_drift_and_time_start_a_declared_retraining(facts):
+    both = facts["dags"]["retrain__hcodec-nano"]["schedule"]
+    assert "AssetOrTimeSchedule" in both
+    assert "hcodec-drift-speech" in facts["dags"]["retrain__drifting"]["schedule"]
+
+
+@pytest.mark.parametrize("dag_id", ["retrain_codec", "rollback_codec"])
+def test_wrong_values_of_retraining_are_refused_by_the_schema(facts, dag_id):
+    refusals = facts["dags"][dag_id]["refusals"]
+    assert refusals[0] is None
+    assert refusals[-1] is None
+    assert all(refusals[1:-1]), refusals
+
+
 def test_declared_values_are_fixed_or_defaults(facts):
     speech = facts["dags"]["tokenize__speech"]
     assert speech["source"]["sources"] == ["s3://audio/speech/"]
@@ -332,10 +435,11 @@ def test_parsing_is_quick_and_reads_only_the_declarations(tmp_path, folder):
     assert _heavy(found["modules"]) == []
     code = (".py", ".pyc", ".so")
     seen = {text for event, text in found["seen"] if event != "open" or not text.endswith(code)}
-    assert seen == {str(folder / "datasets.toml")}
-    # Processor time, since other processes share the machine.
+    assert seen == {str(folder / "datasets.toml"), str(folder / "codecs.toml")}
+    # Processor time, since other processes share the machine. Of all files in one process, while
+    # Airflow parses each in a process of its own: more than any of them takes.
     runs = [json.loads(_python(tmp_path, BUDGET, "", *files)) for _ in range(3)]
-    assert min(run["seconds"] for run in runs) < 0.1
+    assert min(run["seconds"] for run in runs) < 0.25
 
 
 def test_a_wrong_declaration_stops_no_other_dataset(tmp_path, folder):
@@ -348,3 +452,15 @@ def test_a_wrong_declaration_stops_no_other_dataset(tmp_path, folder):
     ((file, error),) = facts["errors"].items()
     assert file.endswith("declared_datasets_errors.py")
     assert "datasets.toml, [datasets.typo]: worker: Extra inputs are not permitted" in error
+
+
+def test_a_wrong_declaration_stops_no_other_codec(tmp_path, folder):
+    copy = tmp_path / "dags"
+    shutil.copytree(folder, copy)
+    (copy / "codecs.toml").write_text(CODECS + WRONG_CODEC)
+    (tmp_path / "home").mkdir()
+    facts = _facts(tmp_path / "home", copy)
+    assert {"retrain__hcodec-nano", "retrain__quiet"} <= set(facts["dags"])
+    ((file, error),) = facts["errors"].items()
+    assert file.endswith("declared_codecs_errors.py")
+    assert "codecs.toml, [codecs.typo]: data.0: String should match pattern" in error

@@ -7,42 +7,9 @@ from pathlib import Path
 import pytest
 
 from hcodec_core.codecs import load_manifest
-from hcodec_core.dataset.commit import commit_plan
-from hcodec_core.dataset.inventory import take_inventory
-from hcodec_core.dataset.plan import PlanRequest, make_plan
-from hcodec_core.dataset.versions import publish
 from hcodec_core.errors import ConfigError
 from hcodec_core.promotion.resolving import ResolvedCodec
 from hcodec_core.promotion.retokenising import RetokenisePlan, plan_retokenising
-from hcodec_core.storage import join_uri
-from hcodec_core.tokens import EncodeSettings
-from tests.dataset.factories import by_shard, files_of, finish_shard, job_of
-
-SETTINGS = EncodeSettings(compute_class="cpu-test")
-
-
-@pytest.fixture
-def dataset(bench, tmp_path) -> str:
-    """A published dataset of five files, made with codec ``one``."""
-    (tmp_path / "audio").mkdir()
-    for index in range(5):
-        (tmp_path / "audio" / f"{index}.wav").write_bytes(bytes(32_000 * (index + 1)))
-    inventory_uri = join_uri(bench.config.work.work_uri, "inventories", "speech", "1")
-    take_inventory(bench.config, bench.storage, [f"file://{tmp_path}/audio"], inventory_uri)
-    request = PlanRequest(
-        dataset="speech",
-        inventory_uri=inventory_uri,
-        codec_uri=str(bench.codecs["one"]),
-        manifest=load_manifest(str(bench.codecs["one"])),
-        settings=SETTINGS,
-    )
-    plan = make_plan(bench.config, bench.storage, request)
-    job = job_of(bench.storage, plan.plan_uri)
-    for files in by_shard(files_of(bench.storage, plan.plan_uri)):
-        finish_shard(bench.storage, job, files)
-    info = commit_plan(bench.config, bench.storage, plan.plan_uri)
-    publish(bench.config, bench.storage, plan.plan_uri, info.snapshot_id, "")
-    return "speech"
 
 
 def planned(bench, dataset: str, folder: Path) -> RetokenisePlan:

@@ -33,9 +33,10 @@ from hcodec_core.models.random_weights import write_random_codec
 from hcodec_core.storage import Storage, open_storage
 from hcodec_core.tokens import EncodeSettings
 from hcodec_core.training.history import read_history
+from hcodec_core.training.job import finished
 from hcodec_core.training.ranks import Ranks
 from hcodec_core.training.recipe import load_recipe
-from hcodec_core.training.run import TrainContext, TrainOptions, TrainRequest, finished, train
+from hcodec_core.training.run import TrainContext, TrainOptions, TrainRequest, train
 
 SETTINGS = EncodeSettings(compute_class="test")
 Train = Callable[..., Path]

@@ -256,16 +256,19 @@ class LocalBackend:
             "--scratch": folder / "scratch" / str(index),
         }
         words = [str(word) for option in options.items() for word in option]
-        return [sys.executable, "-m", "hcodec_core.cli", "run", request.job_uri, *words]
+        run = ["-m", "hcodec_core.cli", "run", request.job_uri, *words]
+        return [sys.executable, *_launcher(request), *run]
 
     def _free_shards(self, request: JobRequest, ended: Sequence[WorkerRecord]) -> None:
         """Let others take the shards of workers that ended at once, not after a lease."""
         if not ended:
             return
         from hcodec_core.dataset.shards import release_attempts_of
-        from hcodec_core.jobs import read_job
+        from hcodec_core.jobs import TokenizeJob, read_any_job
 
-        job = read_job(self._storage.read(request.job_uri))
+        job = read_any_job(self._storage.read(request.job_uri))
+        if not isinstance(job, TokenizeJob):
+            return  # jobs of other kinds have no leases
         for worker in ended:
             identity = _identity(request, worker.index)
             freed = release_attempts_of(self._storage, job, identity, "its worker has ended")
@@ -331,6 +334,14 @@ class LocalBackend:
         with (folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _launcher(request: JobRequest) -> list[str]:
+    """What starts several processes that train together on this host; nothing for a single one."""
+    if request.processes_per_node <= 1:
+        return []
+    processes = f"--nproc-per-node={request.processes_per_node}"
+    return ["-m", "hcodec_core.training.launch", "--standalone", processes]
 
 
 def _identity(request: JobRequest, index: int) -> str:

@@ -23,7 +23,7 @@ class AirflowApi:
 
     def login(self) -> None:
         """Get a token; this Airflow knows only administrators."""
-        self.token = self._call("GET", "/auth/token")["access_token"]
+        self.token = self.call("GET", "/auth/token")["access_token"]
 
     def wait_for_dag(self, dag_id: str, services: Services, seconds: float) -> None:
         """Wait until a DAG is parsed and all components are healthy; report import errors."""
@@ -33,7 +33,7 @@ class AirflowApi:
             if self._is_healthy() and self._has_dag(dag_id):
                 return
             time.sleep(1.0)
-        errors = self._call("GET", "/api/v2/importErrors").get("import_errors", [])
+        errors = self.call("GET", "/api/v2/importErrors").get("import_errors", [])
         shown = "; ".join(f"{e['filename']}: {e['stack_trace'][-300:]}" for e in errors)
         raise DemoError(
             f"Airflow did not load DAG {dag_id} within {seconds:.0f} s. {shown or 'See its logs.'}"
@@ -41,44 +41,36 @@ class AirflowApi:
 
     def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
         """Unpause a DAG and start a run; the run's id."""
-        self._call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": False})
+        self.call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": False})
         body = {"logical_date": None, "conf": conf}
-        return str(self._call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body)["dag_run_id"])
+        return str(self.call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body)["dag_run_id"])
 
     def run_state(self, dag_id: str, run_id: str) -> str:
         """State of a run: queued, running, success, failed."""
-        return str(self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}")["state"])
+        return str(self.call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}")["state"])
 
     def task_states(self, dag_id: str, run_id: str) -> dict[str, str]:
         """State of each task of a run, in no special order."""
-        answer = self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances")
+        answer = self.call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances")
         return {t["task_id"]: t["state"] or "none" for t in answer["task_instances"]}
 
     def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
         """What a task returned, or None."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}"
         try:
-            return self._call("GET", f"{path}/xcomEntries/return_value?deserialize=true")["value"]
+            return self.call("GET", f"{path}/xcomEntries/return_value?deserialize=true")["value"]
         except DemoError:
             return None
 
     def log_tail(self, dag_id: str, run_id: str, task_id: str, lines: int = 15) -> list[str]:
         """Last lines of the log of a task's latest try."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}"
-        number = max(1, int(self._call("GET", path)["try_number"]))
-        content = self._call("GET", f"{path}/logs/{number}?full_content=true")["content"]
+        number = max(1, int(self.call("GET", path)["try_number"]))
+        content = self.call("GET", f"{path}/logs/{number}?full_content=true")["content"]
         return [line for entry in content for line in _lines_of(entry)][-lines:]
 
-    def _is_healthy(self) -> bool:
-        health = self._call("GET", "/api/v2/monitor/health")
-        wanted = ("scheduler", "dag_processor", "triggerer")
-        return all((health.get(name) or {}).get("status") == "healthy" for name in wanted)
-
-    def _has_dag(self, dag_id: str) -> bool:
-        dags = self._call("GET", "/api/v2/dags?limit=100")["dags"]
-        return any(dag["dag_id"] == dag_id for dag in dags)
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON answer to one request. Raises ``DemoError`` for any other answer."""
         request = urllib.request.Request(
             self.base_url + path,
             method=method,
@@ -99,6 +91,15 @@ class AirflowApi:
             ) from error
         except OSError as error:
             raise DemoError(f"Airflow did not answer {method} {path}: {error}.") from error
+
+    def _is_healthy(self) -> bool:
+        health = self.call("GET", "/api/v2/monitor/health")
+        wanted = ("scheduler", "dag_processor", "triggerer")
+        return all((health.get(name) or {}).get("status") == "healthy" for name in wanted)
+
+    def _has_dag(self, dag_id: str) -> bool:
+        dags = self.call("GET", "/api/v2/dags?limit=100")["dags"]
+        return any(dag["dag_id"] == dag_id for dag in dags)
 
 
 def _lines_of(entry: Any) -> list[str]:
