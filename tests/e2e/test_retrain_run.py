@@ -59,6 +59,8 @@ class World:
         self.services = services
         corpus = services.state_path / "corpus" / "voices"
         write_corpus(corpus)
+        # Any free ports: other tests on this machine take the usual ones.
+        (services.state_path / "ports.json").write_text('{"storage": 0, "airflow": 0}')
         self.stage = prepare(corpus, ROOT / "dags", services)
         self.api, self.config, self.storage = (
             self.stage.api,
