@@ -71,11 +71,11 @@ class House:
         self.api.login()
         for dag_id in (MONITOR, CONSUMER):
             self.api.wait_for_dag(dag_id, self.services, PATIENCE_SECONDS)
-            self.api._call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": False})
+            self.api.call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": False})
 
     def runs(self, dag_id: str) -> list[dict[str, Any]]:
         """Runs that assets started, oldest first."""
-        found = self.api._call("GET", f"/api/v2/dags/{dag_id}/dagRuns?limit=100")["dag_runs"]
+        found = self.api.call("GET", f"/api/v2/dags/{dag_id}/dagRuns?limit=100")["dag_runs"]
         return sorted(
             (run for run in found if run["run_type"] == "asset_triggered"),
             key=lambda run: run["run_after"],
@@ -94,12 +94,12 @@ class House:
 
     def announce(self, version: str) -> None:
         """An event of the dataset's asset, as ``publish`` makes it."""
-        assets = self.api._call("GET", "/api/v2/assets?name_pattern=tokens__demo")["assets"]
+        assets = self.api.call("GET", "/api/v2/assets?name_pattern=tokens__demo")["assets"]
         body = {"asset_id": assets[0]["id"], "extra": {"dataset": "demo", "version": version}}
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                self.api._call("POST", "/api/v2/assets/events", body)
+                self.api.call("POST", "/api/v2/assets/events", body)
             except DemoError as error:
                 # sqlite has one writer: on a busy machine it may be waited for too long.
                 if "answered 500" not in str(error) or time.monotonic() > deadline:
@@ -112,11 +112,11 @@ class House:
         path = f"/api/v2/dags/{run['dag_id']}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
         entry = f"{path}/taskInstances/{task}/xcomEntries/return_value"
         query = f"?deserialize=true&map_index={map_index}"
-        return self.api._call("GET", entry + query)["value"]
+        return self.api.call("GET", entry + query)["value"]
 
     def links(self, run: dict[str, Any]) -> dict[str, Any]:
         path = f"/api/v2/dags/{run['dag_id']}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
-        answer = self.api._call("GET", f"{path}/taskInstances/monitor/links?map_index=0")
+        answer = self.api.call("GET", f"{path}/taskInstances/monitor/links?map_index=0")
         return dict(answer["extra_links"])
 
 

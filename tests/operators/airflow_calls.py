@@ -13,16 +13,16 @@ class Calls(AirflowApi):
     def mark_failed(self, dag_id: str, run_id: str, task_id: str) -> None:
         """A task's button *Mark as failed*."""
         path = f"{_run(dag_id, run_id)}/taskInstances/{task_id}"
-        self._call("PATCH", path, {"new_state": "failed"})
+        self.call("PATCH", path, {"new_state": "failed"})
 
     def mark_run_failed(self, dag_id: str, run_id: str) -> None:
         """The same of a run."""
-        self._call("PATCH", _run(dag_id, run_id), {"state": "failed"})
+        self.call("PATCH", _run(dag_id, run_id), {"state": "failed"})
 
     def delete_run(self, dag_id: str, run_id: str) -> None:
         """Delete a run with all its rows."""
         with contextlib.suppress(ValueError):  # its answer has no body
-            self._call("DELETE", _run(dag_id, run_id))
+            self.call("DELETE", _run(dag_id, run_id))
 
     def clear(self, dag_id: str, run_id: str, task_id: str) -> None:
         """Clear one task, which runs again."""
@@ -32,7 +32,7 @@ class Calls(AirflowApi):
             "dag_run_id": run_id,
             "task_ids": [task_id],
         }
-        self._call("POST", f"/api/v2/dags/{dag_id}/clearTaskInstances", body)
+        self.call("POST", f"/api/v2/dags/{dag_id}/clearTaskInstances", body)
 
 
 def _run(dag_id: str, run_id: str) -> str:
