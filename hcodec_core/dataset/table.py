@@ -225,7 +225,7 @@ def _make_table(layout: DatasetLayout, job: TokenizeJob) -> None:
 
     catalog = open_catalog(layout.config)
     with catalog_errors(f"making table {layout.table_name}"):
-        catalog.create_namespace_if_not_exists(layout.config.catalog.namespace)
+        _ensure_namespace(catalog, layout.config.catalog.namespace)
         try:
             table = catalog.create_table(
                 layout.table_identifier,
@@ -242,6 +242,17 @@ def _make_table(layout: DatasetLayout, job: TokenizeJob) -> None:
         root.commit()
         transaction.set_properties({ROOT_PROPERTY: str(root.snapshot_id)})
         transaction.commit_transaction()
+
+
+def _ensure_namespace(catalog: Catalog, namespace: str) -> None:
+    """Make the namespace; another process may make it after the catalog has looked for it."""
+    from sqlalchemy.exc import IntegrityError
+
+    try:
+        catalog.create_namespace_if_not_exists(namespace)
+    except IntegrityError:
+        if not catalog.namespace_exists(namespace):
+            raise
 
 
 def _table_properties(job: TokenizeJob) -> dict[str, str]:

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
+from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.table import Table
 
 from hcodec_core.config import Config
@@ -162,6 +163,25 @@ def test_committers_that_race_commit_once(world: World) -> None:
         snapshots = {future.result(timeout=120) for future in futures}
     assert len(snapshots) == 1
     assert uris(world, snapshots.pop()) == sorted(world.uri(name) for name in names(6))
+
+
+def test_a_namespace_that_another_process_makes_meanwhile_is_taken(
+    local_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_world.put(*names(2))
+    plan = local_world.plan()
+    local_world.work(plan)
+    exists = SqlCatalog.namespace_exists
+
+    def exists_only_afterwards(self: SqlCatalog, namespace: str) -> bool:
+        if exists(self, namespace):
+            return True
+        monkeypatch.setattr(SqlCatalog, "namespace_exists", exists)
+        self.create_namespace(namespace)
+        return False
+
+    monkeypatch.setattr(SqlCatalog, "namespace_exists", exists_only_afterwards)
+    assert len(uris(local_world, commit(local_world, plan).snapshot_id)) == 2
 
 
 def test_two_plans_have_branches_of_their_own(local_world: World) -> None:
