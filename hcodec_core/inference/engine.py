@@ -247,7 +247,7 @@ class Engine:
     def _encode_batch(
         self, batch: Batch, clips: Sequence[Clip], cuts: Sequence[Cuts] | None
     ) -> list[tuple[int, ClipTokens]]:
-        if self._solo is not None:
+        if self._solo is not None and self.narrow_type is None:
             return [(index, self._encode_alone(clips[index])) for index in batch.indices]
         audio = np.zeros((batch.num_rows, 1, batch.size), dtype=np.float32)
         num_samples = np.zeros(batch.num_rows, dtype=np.int64)

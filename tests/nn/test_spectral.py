@@ -53,9 +53,10 @@ def test_head_clips_magnitudes():
 def test_log_mel_of_a_padded_row_is_its_own():
     torch.manual_seed(0)
     audio = torch.randn(1, 640 * 4)
-    alone = log_mel(audio, 640, 320, 20, 16000)
+    bank = mel_bank(20, 640, 16000)
+    alone = log_mel(audio, bank, 320)
     padded = torch.nn.functional.pad(audio, (0, 640 * 3))
-    torch.testing.assert_close(log_mel(padded, 640, 320, 20, 16000)[:, :, :8], alone)
+    torch.testing.assert_close(log_mel(padded, bank, 320)[:, :, :8], alone)
     assert alone.shape == (1, 20, 8)
 
 
