@@ -125,6 +125,6 @@ def test_a_row_that_does_not_fit_and_mode_exact_are_not_halved(engines, monkeypa
 
     clips = [np.ones(6400, np.float32)] * 4
     for engine in (engines[0], engines[1].in_mode("exact")):
-        monkeypatch.setattr(engine.codec, "encode", fail)
+        monkeypatch.setattr(engine, "_encode_batch", fail)
         with pytest.raises(torch.OutOfMemoryError):
             engine.encode_clips(clips)
