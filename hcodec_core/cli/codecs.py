@@ -168,6 +168,7 @@ def _parity(options: argparse.Namespace, output: Output) -> int:
         "codes equal",
         "near ties",
         "boundary ties",
+        "unsteady",
         "waveform difference",
         "agrees",
     )
@@ -181,6 +182,7 @@ def _parity(options: argparse.Namespace, output: Output) -> int:
                 f"{row.num_equal} of {row.num_codes}",
                 row.num_ties,
                 row.num_boundary_ties,
+                row.num_unsteady,
                 f"{row.wave_difference:.1e} of peak",
                 "yes" if row.agrees else "NO",
             )

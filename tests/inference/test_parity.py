@@ -81,6 +81,49 @@ def test_another_number_of_frames_is_found(copy):
     assert not run_parity([folder])[2].agrees
 
 
+@pytest.fixture
+def spectral_copy(tmp_path):
+    """H-Codec 2.0, whose phases of all but empty bins are decided by rounding, as published."""
+    shutil.copytree(GOLDEN / "hcodec-2.0-tiny", tmp_path / "golden")
+    with np.load(tmp_path / "golden" / "expected.npz") as arrays:
+        return tmp_path / "golden", dict(arrays)
+
+
+def recorded_elsewhere(folder, work, codes):
+    """Codes as a machine might give them that rounds otherwise: of the clip with unheard noise."""
+    (case,) = golden_cases(folder, work)
+    codec = load_codec(str(case.codec_path), EncodeSettings(compute_class=compute_class("cpu")))
+    audio = torch.from_numpy(case.audio)[None, None]
+    noise = torch.Generator().manual_seed(9)
+    for _ in range(64):
+        other = audio + 2.0**-26 * audio.abs().max() * torch.randn(audio.shape, generator=noise)
+        found = codec.encode(other, torch.tensor([audio.shape[2]])).clip(0)["acoustic"]
+        if not np.array_equal(found, codes):
+            return found
+    raise AssertionError("nothing depends on rounding: 2.0 was thought to")
+
+
+def test_codes_that_rounding_decides_are_counted_and_accepted(spectral_copy, tmp_path):
+    folder, arrays = spectral_copy
+    recorded = arrays["acoustic_0"]
+    arrays["acoustic_0"] = recorded_elsewhere(folder, tmp_path, recorded)
+    np.savez(folder / "expected.npz", **arrays)
+    (row,) = run_parity([folder])
+    assert row.num_equal < row.num_codes
+    assert row.num_ties == 0
+    # The recorded audio is of other codes, so the row as a whole does not agree.
+    assert row.num_unsteady == (arrays["acoustic_0"] != recorded).any(axis=0).sum() > 0
+
+
+def test_a_wrong_code_of_a_steady_frame_is_found_there_too(spectral_copy):
+    folder, arrays = spectral_copy
+    arrays["semantic_0"][0, :] ^= 1
+    np.savez(folder / "expected.npz", **arrays)
+    (row,) = run_parity([folder])
+    assert row.num_unsteady < arrays["semantic_0"].shape[1]
+    assert not row.agrees
+
+
 def test_a_near_tie_is_counted_and_accepted(copy):
     """Two equal entries: which of them is taken is a matter of taste."""
     from safetensors.torch import load_file, save_file
