@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -20,6 +20,7 @@ from hcodec_core.config import describe
 from hcodec_core.errors import ConfigError
 
 DatasetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
+Request = TypeVar("Request", bound=BaseModel)
 SourceUri = Annotated[str, StringConstraints(pattern=URI_PATTERN)]
 
 
@@ -79,14 +80,24 @@ def read_request(values: Mapping[str, Any]) -> TokenizeRequest:
     source = known.pop("source", None)
     if source is not None:
         known["sources"] = [source]
+    return read_form(known, TokenizeRequest)
+
+
+def read_form(values: Mapping[str, Any], request: type[Request]) -> Request:
+    """A request from a form's values. Raises ``ConfigError`` naming each wrong entry."""
     try:
-        return TokenizeRequest.model_validate(known)
+        return request.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(f"This run cannot be started: {describe(error)}.") from error
 
 
 def read_declarations(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of ``datasets.toml`` by dataset name, not yet checked one by one.
+    """The tables of ``datasets.toml`` by dataset name: see ``read_tables``."""
+    return read_tables(path, "datasets", "dataset")
+
+
+def read_tables(path: Path, section: str, what: str) -> dict[str, dict[str, Any]]:
+    """The tables [section.<name>] of a file by name, one per ``what``, not checked one by one.
 
     Raises ``ConfigError`` when the file is missing, no TOML, or has other tables.
     """
@@ -96,10 +107,10 @@ def read_declarations(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path} does not exist: write it beside the DAG files.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
-    tables = document.pop("datasets", {})
+    tables = document.pop(section, {})
     if document or not isinstance(tables, dict):
-        others = ", ".join(document) or "datasets"
-        raise ConfigError(f"{path}: {others}: write one table [datasets.<name>] per dataset.")
+        others = ", ".join(document) or section
+        raise ConfigError(f"{path}: {others}: write one table [{section}.<name>] per {what}.")
     return tables
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from hcodec_airflow.forms import MAX_WORKERS, NAME_LENGTH, NAME_PATTERN, URI_PATTERN
+from hcodec_airflow.forms import MAX_WORKERS, URI_PATTERN
+from hcodec_airflow.requests import DatasetName, read_form, read_tables
 from hcodec_airflow.retrain_form import CODEC_PATTERN, DATA_PATTERN, MAX_GPUS, MAX_NODES
 from hcodec_core.config import GateConfig, MetricMargin, describe
 from hcodec_core.errors import ConfigError
 
 CHAMPION, SCRATCH = "champion", "scratch"
 CodecName = Annotated[str, StringConstraints(pattern=CODEC_PATTERN)]
-DatasetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 DataUri = Annotated[str, StringConstraints(pattern=DATA_PATTERN)]
 FolderUri = Annotated[str, StringConstraints(pattern=URI_PATTERN)]
 Margin = Annotated[float, Field(ge=0)]
@@ -24,9 +23,6 @@ Margin = Annotated[float, Field(ge=0)]
 
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Parsed = TypeVar("Parsed", bound=_Document)
 
 
 class _Training(_Document):
@@ -116,37 +112,17 @@ class RollbackRequest(_Document):
 
 def read_retraining(values: Mapping[str, Any]) -> RetrainRequest:
     """A request from a form's values. Raises ``ConfigError`` naming each wrong entry."""
-    return _read(values, RetrainRequest)
+    return read_form(values, RetrainRequest)
 
 
 def read_rollback(values: Mapping[str, Any]) -> RollbackRequest:
     """A request from a form's values. Raises ``ConfigError`` naming each wrong entry."""
-    return _read(values, RollbackRequest)
+    return read_form(values, RollbackRequest)
 
 
-def _read(values: Mapping[str, Any], model: type[Parsed]) -> Parsed:
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(f"This run cannot be started: {describe(error)}.") from error
-
-
-def read_codecs(path: Path) -> dict[str, Any]:
-    """The tables of ``codecs.toml`` by codec, not yet checked one by one.
-
-    Raises ``ConfigError`` when the file is missing, no TOML, or has other tables.
-    """
-    try:
-        document = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist: write it beside the DAG files.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from error
-    tables = document.pop("codecs", {})
-    if document or not isinstance(tables, dict):
-        others = ", ".join(document) or "codecs"
-        raise ConfigError(f"{path}: {others}: write one table [codecs.<name>] per codec.")
-    return tables
+def read_codecs(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of ``codecs.toml`` by codec: see ``read_tables``."""
+    return read_tables(path, "codecs", "codec")
 
 
 def check_codec(path: Path, name: str, table: Any) -> DeclaredCodec:

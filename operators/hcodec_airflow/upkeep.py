@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from hcodec_airflow.forms import NAME_LENGTH, NAME_PATTERN
-from hcodec_core.config import describe
-from hcodec_core.errors import ConfigError
+from hcodec_airflow.requests import DatasetName, read_form
 
 logger = logging.getLogger(__name__)
 
-DatasetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 SCHEDULED = "scheduled"
 LEAST_AGE_DAYS = 1 / 24
 
@@ -47,10 +44,7 @@ def read_upkeep(values: Mapping[str, Any]) -> UpkeepRequest:
     """A request from a form's values. Raises ``ConfigError`` naming each wrong entry."""
     known = dict(values)
     known["datasets"] = known.get("datasets") or ()
-    try:
-        return UpkeepRequest.model_validate(known)
-    except ValidationError as error:
-        raise ConfigError(f"This run cannot be started: {describe(error)}.") from error
+    return read_form(known, UpkeepRequest)
 
 
 def maintain_dataset(

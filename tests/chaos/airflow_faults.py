@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tests.chaos.airflow_house import (
     API,
@@ -37,6 +38,19 @@ def fault(name: str, where: str, recovered_by: str) -> Callable[[Inject], None]:
     return add
 
 
+def _kill_at(
+    scene: AirflowScene, component: str, pattern: str, *, down_seconds: float = 0, **options: Any
+) -> None:
+    """Kill a component while a request is held, and start it again after it was let through."""
+    scene.start()
+    trap = scene.trap(pattern, **options)
+    scene.reach(trap)
+    scene.house.kill(component)
+    trap.gate.set()
+    time.sleep(down_seconds)
+    scene.house.start(component)
+
+
 @fault("scheduler killed while workers encode", "task tokenize deferred",
        "workers and triggerer go on; the next scheduler")  # fmt: skip
 def _(scene: AirflowScene) -> None:
@@ -53,12 +67,7 @@ def _(scene: AirflowScene) -> None:
 @fault("scheduler and its task killed during the commit", "metadata PUT",
        "the next scheduler tries the task again; ledger")  # fmt: skip
 def _(scene: AirflowScene) -> None:
-    scene.start()
-    trap = scene.trap(METADATA)
-    scene.reach(trap)
-    scene.house.kill(SCHEDULER)
-    trap.gate.set()
-    scene.house.start(SCHEDULER)
+    _kill_at(scene, SCHEDULER, METADATA)
 
 
 @fault("scheduler killed, its task lives on", "metadata PUT of the commit",
@@ -81,24 +90,14 @@ def _(scene: AirflowScene) -> None:
 @fault("scheduler and its task killed between two starts of workers", "record of the backend PUT",
        "the next try finds the worker that runs")  # fmt: skip
 def _(scene: AirflowScene) -> None:
-    scene.start()
     # The record is written before the first start, after it, and after the second.
-    trap = scene.trap(STARTED, skip=1)
-    scene.reach(trap)
-    scene.house.kill(SCHEDULER)
-    trap.gate.set()
-    scene.house.start(SCHEDULER)
+    _kill_at(scene, SCHEDULER, STARTED, skip=1)
 
 
 @fault("scheduler and its task killed in publish", "version record PUT",
        "the next scheduler tries the task again; ledger")  # fmt: skip
 def _(scene: AirflowScene) -> None:
-    scene.start()
-    trap = scene.trap(RECORD)
-    scene.reach(trap)
-    scene.house.kill(SCHEDULER)
-    trap.gate.set()
-    scene.house.start(SCHEDULER)
+    _kill_at(scene, SCHEDULER, RECORD)
 
 
 @fault("triggerer killed while workers encode", "task tokenize deferred",
@@ -146,23 +145,13 @@ def _(scene: AirflowScene) -> None:
 @fault("API server killed during the commit", "metadata PUT",
        "the task tries to report; else tried again; ledger")  # fmt: skip
 def _(scene: AirflowScene) -> None:
-    _without_api(scene, METADATA)
+    _kill_at(scene, API, METADATA, down_seconds=_DOWN_SECONDS)
 
 
 @fault("API server killed in publish", "version record PUT",
        "the task tries to report; else tried again; ledger")  # fmt: skip
 def _(scene: AirflowScene) -> None:
-    _without_api(scene, RECORD)
-
-
-def _without_api(scene: AirflowScene, pattern: str) -> None:
-    scene.start()
-    trap = scene.trap(pattern)
-    scene.reach(trap)
-    scene.house.kill(API)
-    trap.gate.set()
-    time.sleep(_DOWN_SECONDS)
-    scene.house.start(API)
+    _kill_at(scene, API, RECORD, down_seconds=_DOWN_SECONDS)
 
 
 @fault("task cleared while deferred", "task tokenize", "the next try adopts or starts workers")

@@ -226,6 +226,18 @@ class World:
             work=WorkConfig(work_uri=join_uri(self.root_uri, "out", "work")),
         )
 
+    def write_config(self) -> Path:
+        """The configuration as a file, for commands and tasks; storage is this machine's."""
+        config, path = self.config, self.local_path / "hcodec.toml"
+        path.write_text(
+            f"[access]\nsource_prefixes = {json.dumps(config.access.source_prefixes)}\n"
+            f"destination_prefixes = {json.dumps(config.access.destination_prefixes)}\n"
+            f'[catalog]\nuri = "{config.catalog.uri}"\n'
+            f'warehouse_uri = "{config.catalog.warehouse_uri}"\n'
+            f'[work]\nwork_uri = "{config.work.work_uri}"\n'
+        )
+        return path
+
     @property
     def layout(self) -> DatasetLayout:
         return DatasetLayout(self.config, "demo", CodecSpec(self.manifest, SETTINGS).encode_id)

@@ -315,15 +315,7 @@ def test_the_command(local_world: World, capsys: pytest.CaptureFixture[str]) -> 
     world = local_world
     world.put("a.wav", "b.wav")
     world.version()
-    path = world.local_path / "hcodec.toml"
-    config = world.config
-    path.write_text(
-        f"[access]\nsource_prefixes = {json.dumps(config.access.source_prefixes)}\n"
-        f"destination_prefixes = {json.dumps(config.access.destination_prefixes)}\n"
-        f'[catalog]\nuri = "{config.catalog.uri}"\n'
-        f'warehouse_uri = "{config.catalog.warehouse_uri}"\n'
-        f'[work]\nwork_uri = "{config.work.work_uri}"\n'
-    )
+    path = world.write_config()
     out = world.local_path / "card"
     command = ["card", "demo", "--config", str(path)]
     assert main([*command, "--version", "1", "--out", str(out)]) == 0

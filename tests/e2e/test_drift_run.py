@@ -26,7 +26,7 @@ from hcodec_airflow.demo.services import (
     wait_until_answers,
 )
 from hcodec_core.dataset.versions import pin
-from tests.monitoring.conftest import add, config_file, drifting_world
+from tests.monitoring.conftest import add, drifting_world
 
 __all__ = ["add", "drifting_world"]
 pytestmark = [pytest.mark.airflow, pytest.mark.slow]
@@ -122,7 +122,7 @@ class House:
 
 @pytest.fixture
 def house(drifting_world, tmp_path):
-    made = House(tmp_path, config_file(drifting_world))
+    made = House(tmp_path, drifting_world.write_config())
     yield made
     made.services.stop()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,17 +99,3 @@ def add(drifting_world: World) -> Callable[[str, int], str]:
         return drifting_world.version().version
 
     return publish
-
-
-def config_file(world: World) -> Path:
-    """The world's configuration as a file."""
-    config = world.config
-    path = world.local_path / "hcodec.toml"
-    path.write_text(
-        f"[access]\nsource_prefixes = {json.dumps(config.access.source_prefixes)}\n"
-        f"destination_prefixes = {json.dumps(config.access.destination_prefixes)}\n"
-        f'[catalog]\nuri = "{config.catalog.uri}"\n'
-        f'warehouse_uri = "{config.catalog.warehouse_uri}"\n'
-        f'[work]\nwork_uri = "{config.work.work_uri}"\n'
-    )
-    return path

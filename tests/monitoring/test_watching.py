@@ -18,7 +18,6 @@ from hcodec_core.monitoring.documents import MonitorTerms, WindowState
 from hcodec_core.monitoring.evidence import JSON_FILE
 from hcodec_core.monitoring.history import WindowHistory
 from hcodec_core.monitoring.watching import look, monitor
-from tests.monitoring.conftest import config_file
 
 TERMS = MonitorTerms(min_files=20, windows_in_a_row=2, cool_down_days=7)
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
@@ -187,7 +186,7 @@ def test_names_in_the_evidence_are_erased_by_a_purge(pinned, add, watch):
 
 
 def _hcodec(world, capsys, *options):
-    config = config_file(world)
+    config = world.write_config()
     code = main(
         ["monitor", "--dataset", "demo", "--config", str(config), "--min-files", "20", *options]
     )

@@ -20,8 +20,9 @@ from hcodec_airflow.backends.base import JobRequest
 from hcodec_airflow.backends.local import LocalBackend
 from hcodec_core.config import StorageConfig
 from hcodec_core.jobs import TokenizeJob
-from hcodec_core.storage import Storage, open_storage
+from hcodec_core.storage import Storage, file_uri, open_storage
 from hcodec_core.tokens import CodecManifest, EncodeSettings, PartDigests, StreamSpec
+from tests.dataset.factories import World
 
 # Airflow reads it when it is first imported, and would write into the user's home otherwise.
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="hcodec-airflow-"))
@@ -126,3 +127,13 @@ def wait_until() -> Callable[..., None]:
             time.sleep(0.05)
 
     return wait
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Local storage with a configuration that the tasks find."""
+    root = tmp_path / "root"
+    (root / "audio").mkdir(parents=True)
+    made = World(file_uri(root), tmp_path, open_storage(StorageConfig()))
+    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(made.write_config()))
+    return made

@@ -9,29 +9,9 @@ import pytest
 
 from hcodec_airflow import lineage
 from hcodec_airflow.dataset_operators import PublishOperator
-from hcodec_core.config import StorageConfig
-from hcodec_core.storage import file_uri, open_storage
 from tests.dataset.factories import World
 
 pytest.importorskip("airflow.providers.openlineage", reason="OpenLineage's provider is missing")
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    root = tmp_path / "root"
-    (root / "audio").mkdir(parents=True)
-    made = World(file_uri(root), tmp_path, open_storage(StorageConfig()))
-    config = made.config
-    path = tmp_path / "hcodec.toml"
-    path.write_text(
-        f"[access]\nsource_prefixes = {json.dumps(config.access.source_prefixes)}\n"
-        f"destination_prefixes = {json.dumps(config.access.destination_prefixes)}\n"
-        f'[catalog]\nuri = "{config.catalog.uri}"\n'
-        f'warehouse_uri = "{config.catalog.warehouse_uri}"\n'
-        f'[work]\nwork_uri = "{config.work.work_uri}"\n'
-    )
-    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(path))
-    return made
 
 
 def published(world: World) -> PublishOperator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from types import SimpleNamespace
 
@@ -12,31 +11,10 @@ from airflow.sdk.exceptions import AirflowFailException
 from hcodec_airflow import steps
 from hcodec_airflow.dataset_operators import InventoryOperator
 from hcodec_airflow.requests import read_request
-from hcodec_core.config import StorageConfig
 from hcodec_core.dataset.table import load_table
 from hcodec_core.dataset.versions import list_versions
 from hcodec_core.errors import BudgetExceededError, ConfigError
 from hcodec_core.jobs import Outcome
-from hcodec_core.storage import file_uri, open_storage
-from tests.dataset.factories import World
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    root = tmp_path / "root"
-    (root / "audio").mkdir(parents=True)
-    made = World(file_uri(root), tmp_path, open_storage(StorageConfig()))
-    config = made.config
-    path = tmp_path / "hcodec.toml"
-    path.write_text(
-        f"[access]\nsource_prefixes = {json.dumps(config.access.source_prefixes)}\n"
-        f"destination_prefixes = {json.dumps(config.access.destination_prefixes)}\n"
-        f'[catalog]\nuri = "{config.catalog.uri}"\n'
-        f'warehouse_uri = "{config.catalog.warehouse_uri}"\n'
-        f'[work]\nwork_uri = "{config.work.work_uri}"\n'
-    )
-    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(path))
-    return made
 
 
 def test_inventory_of_a_run_is_taken_anew_when_asked_again(world):

@@ -19,35 +19,16 @@ from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from hcodec_airflow.locking import LockWait, release_lock
 from hcodec_airflow.upkeep import describe_upkeep, read_upkeep
 from hcodec_airflow.upkeep_operators import ChooseDatasetsOperator, MaintainDatasetOperator
-from hcodec_core.config import StorageConfig
 from hcodec_core.dataset.lock import lock_holder, lock_uri
 from hcodec_core.dataset.reader import open_dataset
 from hcodec_core.dataset.table import load_table
 from hcodec_core.errors import ConfigError
-from hcodec_core.storage import file_uri, join_uri, open_storage
+from hcodec_core.storage import join_uri
 from tests.dataset.factories import World
 
 ROOT = Path(__file__).parents[2]
 RUNNER = Path(__file__).with_name("run_dag.py")
 TEN_DAYS = 10 * 86400
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    root = tmp_path / "root"
-    (root / "audio").mkdir(parents=True)
-    made = World(file_uri(root), tmp_path, open_storage(StorageConfig()))
-    config = made.config
-    path = tmp_path / "hcodec.toml"
-    path.write_text(
-        f"[access]\nsource_prefixes = {json.dumps(config.access.source_prefixes)}\n"
-        f"destination_prefixes = {json.dumps(config.access.destination_prefixes)}\n"
-        f'[catalog]\nuri = "{config.catalog.uri}"\n'
-        f'warehouse_uri = "{config.catalog.warehouse_uri}"\n'
-        f'[work]\nwork_uri = "{config.work.work_uri}"\n'
-    )
-    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(path))
-    return made
 
 
 def _rows(world: World, version: str) -> list[tuple]:
