@@ -12,7 +12,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from hcodec_airflow.assets import drift_asset
 from hcodec_airflow.monitor_operators import ChooseWatchedOperator, MonitorDatasetOperator
 from hcodec_core.dataset.versions import pin
-from tests.monitoring.conftest import add, config_file, drifting_world
+from tests.monitoring.conftest import add, drifting_world
 
 __all__ = ["add", "drifting_world"]
 
@@ -34,7 +34,7 @@ ALIAS = AssetAlias("monitor_tokens")
 
 @pytest.fixture
 def world(drifting_world, monkeypatch):
-    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(config_file(drifting_world)))
+    monkeypatch.setenv("AIRFLOW__HCODEC__CONFIG_FILE", str(drifting_world.write_config()))
     return drifting_world
 
 
